@@ -1,0 +1,1 @@
+"""Fused normalization layers for PyTorch, in Triton."""
