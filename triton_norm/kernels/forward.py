@@ -78,10 +78,11 @@ def normalize(
         center, m2 = combine(partials, row, live, rows, P, BLOCK_P)
         n = count(K, S, ACC)
         rstd = tl.rsqrt(m2 / n + eps)
-        store_statistics(
-            statistics, running_mean, running_var, row, live & (share == 0), rows, center, m2, n,
-            momentum, momentum_rest, eps, STORE_VARIANCE,
-        )  # fmt: skip
+        if share == 0:
+            store_statistics(
+                statistics, running_mean, running_var, row, live, rows, center, m2, n,
+                momentum, momentum_rest, eps, STORE_VARIANCE,
+            )  # fmt: skip
     else:
         center = tl.load(statistics + row, mask=live, other=0.0)
         rstd = tl.load(statistics + rows + row, mask=live, other=0.0)
