@@ -15,7 +15,10 @@ def finish(
     z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
     if residual is not None:
         z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
-    p = load_rows(slope, channel, live, P0, ACC)
+    if slope is not None:
+        p = load_rows(slope, channel, live, 0.0, ACC)
+    else:
+        p = P0
     tl.store(y + at, VALUE(z, p, P1), mask=mask)
     if bits is not None:
         store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
