@@ -11,7 +11,7 @@ Memory format is strides, and dimensions whose strides allow it are merged, so t
 one dimension of N * C rows and a channels_last batch norm C rows of N * H * W columns.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Strides = tuple[int, int, int, int]
 
@@ -48,6 +48,12 @@ class Geometry:
     def wide(self) -> bool:
         """Whether a column's offset within its row can exceed 32 bits."""
         return any((self.K - 1) * k + (self.S - 1) * s >= 2**31 for _, _, k, s in (self.x, self.y))
+
+    def folded(self, fold: int) -> "Geometry":
+        """The same rows with their S columns laid as (fold, S / fold). K must be 1."""
+        S = self.S // fold
+        x, y = ((*strides[:2], strides[3] * S, strides[3]) for strides in (self.x, self.y))
+        return replace(self, K=fold, S=S, x=x, y=y)
 
 
 def merge(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:

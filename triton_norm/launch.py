@@ -34,8 +34,9 @@ class Launch(NamedTuple):
     strides: tuple[int, ...]
     #: R, BLOCK_K, BLOCK_S
     tile: tuple[int, ...]
-    #: The accumulation dtype for the kernels, and for torch.
-    acc: tl.dtype
+    #: ACC, EVEN, WIDE
+    acc: tuple[tl.dtype, bool, bool]
+    #: The accumulation dtype, for torch.
     dtype: torch.dtype
 
 
@@ -50,12 +51,15 @@ def _device(index: int | None) -> Device:
 
 @lru_cache(maxsize=65536)
 def _prepare(
-    kind: str, shape: tuple, x: tuple, y: tuple, dtype: torch.dtype, backward: bool, reduce: bool, device: int | None
+    kind: str, shape: tuple, x: tuple, y: tuple, dtype: torch.dtype, backward: bool, reduce: bool, extra: str,
+    device: int | None,
 ) -> Launch | None:
     geometry = view(kind, shape, x, y)
     if geometry is None:
         return None
-    plan = planning.choose(geometry, dtype.itemsize, backward, reduce, _device(device))
+    plan = planning.choose(geometry, dtype.itemsize, backward, reduce, extra, _device(device))
+    if plan.fold > 1:
+        geometry = geometry.folded(plan.fold)
     double = dtype == torch.float64
     return Launch(
         geometry,
@@ -65,19 +69,19 @@ def _prepare(
         (cdiv(geometry.K, plan.block_k) * cdiv(geometry.S, plan.block_s), plan.steps, plan.splits),
         (*geometry.x, *geometry.y),
         (plan.rows, plan.block_k, plan.block_s),
-        tl.float64 if double else tl.float32,
+        (tl.float64 if double else tl.float32, plan.fits(geometry), geometry.wide),
         torch.float64 if double else torch.float32,
     )
 
 
-def prepare(kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool) -> tuple[Tensor, Launch]:
+def prepare(kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool, extra: str) -> tuple[Tensor, Launch]:
     """The launch for an input x with outputs laid out like y, and x itself, or a dense copy where no geometry fits."""
     # torch.Size and a tuple hash alike, so nothing is converted here.
     device = x.get_device() if x.is_cuda else None
-    found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, device)
+    found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, extra, device)
     if found is None:
         x = torch.empty_like(y).copy_(x)
-        found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, device)
+        found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, extra, device)
     return x, found
 
 
@@ -165,12 +169,11 @@ def _forward(
     x, y, weight, bias, residual, slope, running_mean, running_var, mean, variance,
     kind, momentum, eps, activation, parameters, statistics, bits, store_variance,
 ):  # fmt: skip
-    x, at = prepare(kind, x, y, backward=False, reduce=mean is None)
+    x, at = prepare(kind, x, y, False, mean is None, "none" if residual is None else "residual")
     plan = at.plan
     row = ACTIVATIONS[activation]
     numbers, (_, off) = _numbers(activation, parameters)
     functions = (eps, store_variance, row.value, row.derivative, *numbers, off)
-    wide = at.geometry.wide
     # Momentum as two float32 numbers whose sum is the double: Triton passes Python floats as float32.
     high = torch.tensor(momentum, dtype=torch.float32).item() if x.dtype == torch.float64 else momentum
     momenta = (high, momentum - high)
@@ -178,7 +181,7 @@ def _forward(
         _run(
             x, forward_kernels.persistent_forward, (at.row_blocks,),
             x, y, residual, bits, statistics, weight, bias, slope, running_mean, running_var, *momenta,
-            *at.sizes, *at.strides, *functions, *at.tile, at.acc, wide, num_warps=plan.warps,
+            *at.sizes, *at.strides, *functions, *at.tile, *at.acc, num_warps=plan.warps,
         )  # fmt: skip
         return
     grid = (at.row_blocks, plan.splits)
@@ -188,21 +191,21 @@ def _forward(
         G, K, S, rows, _ = at.sizes
         _run(
             x, statistics_kernels.partial_statistics, grid,
-            x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, at.acc, wide, num_warps=plan.warps,
+            x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, *at.acc, num_warps=plan.warps,
         )  # fmt: skip
         if not plan.inline:
             block = 8
             _run(
                 x, statistics_kernels.finalize_statistics, (cdiv(rows, block),),
                 partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
-                eps, store_variance, block, power_of_2(plan.splits), at.acc, num_warps=4,
+                eps, store_variance, block, power_of_2(plan.splits), at.acc[0], num_warps=4,
             )  # fmt: skip
             partials = running_mean = running_var = None
     _run(
         x, forward_kernels.normalize, grid,
         x, y, residual, bits, partials, statistics, mean, variance, weight, bias, slope,
         running_mean, running_var, *momenta, *at.sizes, *at.walk, *at.strides,
-        *functions, *at.tile, power_of_2(plan.splits), at.acc, wide, num_warps=plan.warps,
+        *functions, *at.tile, power_of_2(plan.splits), *at.acc, num_warps=plan.warps,
     )  # fmt: skip
 
 
@@ -248,11 +251,11 @@ def _backward(
     dy, x, like_y, weight, bias, residual, slope, mean, variance, statistics, bits, kind, eps, activation, parameters,
     dx, dweight, dbias, dresidual, dslope,
 ):  # fmt: skip
-    x, at = prepare(kind, x, like_y, backward=True, reduce=mean is None)
+    extra = "bits" if bits is not None else "none" if residual is None else "residual"
+    x, at = prepare(kind, x, like_y, True, mean is None, extra)
     plan, rows = at.plan, at.geometry.rows
     numbers, levels = _numbers(activation, parameters)
     functions = (ACTIVATIONS[activation].derivative, *numbers, *levels)
-    wide = at.geometry.wide
     parameter_gradients = dweight is not None or dbias is not None or dslope is not None
     planes = 2 if slope is None else 3
     if plan.regime == "persistent":
@@ -261,7 +264,7 @@ def _backward(
         _run(
             x, backward_kernels.persistent_backward, (at.row_blocks,),
             x, dy, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
-            *at.sizes, *at.strides, *functions, *at.tile, at.acc, wide, num_warps=plan.warps,
+            *at.sizes, *at.strides, *functions, *at.tile, *at.acc, plan.fold > 1, num_warps=plan.warps,
         )  # fmt: skip
     else:
         splits = plan.splits
@@ -276,7 +279,7 @@ def _backward(
                 x, backward_kernels.gradient, grid,
                 x, dy, dx, dresidual, residual, bits, statistics, mean, variance, earlier, partials,
                 weight, bias, slope, *at.sizes, *at.walk[:2], splits, *at.strides, eps, *functions,
-                *at.tile, power_of_2(splits), at.acc, wide, num_warps=plan.warps,
+                *at.tile, power_of_2(splits), *at.acc, num_warps=plan.warps,
             )  # fmt: skip
 
         if given:
@@ -286,13 +289,13 @@ def _backward(
             if dx is not None and not plan.inline:
                 partials, sums = sums, torch.empty(planes * rows, dtype=at.dtype, device=x.device)
                 outputs = [sums[q * rows : (q + 1) * rows] if q < planes else None for q in range(3)]
-                _column_sums(x, partials, outputs, splits, rows, at.acc)
+                _column_sums(x, partials, outputs, splits, rows, at.acc[0])
                 splits = 1
             if dx is not None or dresidual is not None:
                 run(dx, dresidual, sums, None, splits)
     if parameter_gradients:
         channels = at.geometry.channels
-        _column_sums(x, sums, (dweight, dbias, dslope), splits * rows // channels, channels, at.acc)
+        _column_sums(x, sums, (dweight, dbias, dslope), splits * rows // channels, channels, at.acc[0])
 
 
 def _column_sums(x, source, outputs, length, width, acc) -> None:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 from .geometry import Geometry
 
-#: Elements one program holds in registers without spilling (compiled for sm_80, sm_90 and gfx942); half for float64.
-FORWARD_LIMIT = 32768
-BACKWARD_LIMIT = 16384
+#: Elements in the registers of one program, about: two float32 numbers for each, and indices, fill the register file.
+FULL_TILE = 16384
 #: Elements per tile where a row is walked in tiles.
 TILE = 4096
 #: DRAM moves sectors of this many bytes, so narrower pieces of a channels_last pixel are read several times.
@@ -29,7 +28,7 @@ class Device:
 class Plan:
     """A configuration of the kernels.
 
-    A tile is ``rows`` rows of ``block_k * block_s`` columns. "persistent": one program holds whole rows in one tile.
+    A tile is ``rows`` rows of ``block_k * block_s`` columns. A ``fold`` above 1 lays a row's S columns as (fold, S / fold). "persistent": one program holds whole rows in one tile.
     "split": ``splits`` programs share a row and walk ``steps`` tiles each. All block sizes are powers of two.
     """
 
@@ -40,11 +39,16 @@ class Plan:
     splits: int
     steps: int
     warps: int
+    fold: int = 1
 
     @property
     def inline(self) -> bool:
         """Whether the last pass combines the partial results itself."""
         return self.rows * power_of_2(self.splits) <= INLINE_PARTIALS
+
+    def fits(self, geometry: Geometry) -> bool:
+        """Whether the tiles cover the geometry exactly, so that no element needs a mask."""
+        return not (geometry.G % self.rows or geometry.K % self.block_k or geometry.S % self.block_s)
 
 
 def power_of_2(n: int) -> int:
@@ -56,17 +60,53 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def choose(geometry: Geometry, itemsize: int, backward: bool, reduce: bool, device: Device = Device()) -> Plan:
-    """The heuristic plan. ``itemsize`` is the input's, in bytes; ``reduce`` is False where statistics are given."""
-    limit = (BACKWARD_LIMIT if backward else FORWARD_LIMIT) * 4 // max(itemsize, 4)
+def choose(
+    geometry: Geometry, itemsize: int, backward: bool, reduce: bool, extra: str = "none", device: Device = Device()
+) -> Plan:
+    """The heuristic plan.
+
+    ``itemsize`` is the input's, in bytes; ``reduce`` is False where statistics are given; ``extra`` says what else is
+    read per element: "none", "residual" or, in a backward pass, "bits".
+    """
     columns = power_of_2(geometry.K) * power_of_2(geometry.S)
+    limit = _register_limit(geometry, columns, itemsize, backward, extra)
     if reduce and columns <= limit:
         rows = _rows_per_program(geometry, columns, limit, itemsize, device)
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns <= NARROW_ELEMENTS:
-            warps = _warps(rows * columns, 16 if backward else 32, device)
-            return Plan("persistent", rows, power_of_2(geometry.K), power_of_2(geometry.S), 1, 1, warps)
+            elements = rows * columns
+            scattered = geometry.transposed or not _vectorizes(geometry, itemsize)
+            # Where each element has an address of its own, fewer threads with more registers each is what fits.
+            threads = 256 if backward and scattered and elements == FULL_TILE else 512
+            warps = _warps(elements, 16 if backward else 32, threads, device)
+            # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
+            fold = 4 if geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1 else 1
+            block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
+            return Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
     return _split(geometry, itemsize, backward, device)
+
+
+def _vectorizes(geometry: Geometry, itemsize: int) -> bool:
+    """Whether a row of a contiguous layout is read in 16-byte pieces."""
+    return geometry.S * itemsize % 16 == 0
+
+
+def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: bool, extra: str) -> int:
+    """The largest tile that one program holds without spilling, in elements.
+
+    Read from compiled code: every value below was the largest that had no spill for sm_80, sm_90 and gfx942.
+    """
+    if itemsize == 8:
+        return FULL_TILE // 4 if backward else FULL_TILE // 2
+    aligned = _vectorizes(geometry, itemsize)
+    if not backward:
+        free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)
+        return 2 * FULL_TILE if free else FULL_TILE
+    if geometry.transposed:
+        # One row per program has its offsets folded (in whole bytes of bits); several rows leave no room for an operand.
+        fits = extra == "none" or (extra == "bits" and itemsize == 2 and columns == FULL_TILE)
+        return FULL_TILE if fits and geometry.S % 32 == 0 else FULL_TILE // 2
+    return FULL_TILE if extra == "none" or (itemsize == 2 and aligned) else FULL_TILE // 2
 
 
 def _rows_per_program(geometry: Geometry, columns: int, limit: int, itemsize: int, device: Device) -> int:
@@ -92,12 +132,12 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    warps = _warps(rows * block_k * block_s, 16 if backward else 32, device)
+    warps = _warps(rows * block_k * block_s, 16 if backward else 32, 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 
-def _warps(elements: int, per_thread: int, device: Device) -> int:
-    # At 512 threads a thread may use 128 registers, at 1024 only 64: the same file, but each thread's own overhead of
-    # indices and addresses counts half.
-    threads = min(max(power_of_2(elements // per_thread), device.warp_size), 512)
+def _warps(elements: int, per_thread: int, most: int, device: Device) -> int:
+    # Never 1024 threads: at 512 a thread may use 128 registers, at 1024 only 64, the same file, of which each thread's
+    # own indices and addresses take their part.
+    threads = min(max(power_of_2(elements // per_thread), device.warp_size), most)
     return max(threads // device.warp_size, 1)

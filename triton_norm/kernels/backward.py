@@ -11,32 +11,36 @@ parameters: no atomics, and every result is bitwise repeatable. Sums lie as (Q, 
 """
 
 from . import tl, triton
-from .tiles import columns, count, load_bits, load_rows, offsets, row_block
+from .tiles import columns, count, load_bits, load_rows, offsets, row_block, tile_mask
 
 
 @triton.jit
-def upstream(
-    values, d, mean, rstd, w, residual, bits, bias, slope, at, mask, tile, row, channel, live, K, S,
-    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+def through_bits(
+    d, bits, tile, row, live, K, S, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """x̂, dz and the slope's integrand on a tile. The residual is not read where one bit an element stands for z."""
-    normalized = tl.where(mask, (values - mean) * rstd, 0.0)
-    if bits is not None:
-        on = load_bits(bits, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
-        return normalized, d * tl.where(on, tl.full(d.shape, ON, ACC), tl.full(d.shape, OFF, ACC)), d
+    """dz where one bit an element stands for z: neither x nor the residual is read for it."""
+    on = load_bits(bits, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
+    return d * tl.where(on, tl.full(d.shape, ON, d.dtype), tl.full(d.shape, OFF, d.dtype))
+
+
+@triton.jit
+def through_activation(
+    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """dz, and the integrand of the slope's gradient."""
+    # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
+    z = (values - mean) * (rstd * w) + load_rows(bias, channel, live, 0.0, ACC)
+    if residual is not None:
+        z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    if slope is not None:
+        p = load_rows(slope, channel, live, 0.0, ACC)
+        ds = d * tl.where(z > 0, 0.0, z)
     else:
-        # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
-        z = (values - mean) * (rstd * w) + load_rows(bias, channel, live, 0.0, ACC)
-        if residual is not None:
-            z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
-        if slope is not None:
-            p = load_rows(slope, channel, live, 0.0, ACC)
-            ds = d * tl.where(z > 0, 0.0, z)
-        else:
-            p = P0
-            ds = d
-        return normalized, d * DERIVATIVE(z, p, P1), ds
+        p = P0
+        ds = d
+    return d * DERIVATIVE(z, p, P1), ds
 
 
 @triton.jit
@@ -45,7 +49,8 @@ def persistent_backward(
     G, K, S, rows, channels,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)
@@ -53,17 +58,26 @@ def persistent_backward(
     row = a.to(tl.int64) * G + g
     channel = g % channels
     live = g < G
-    mask = live[:, None] & ((k < K) & (s < S))[None, :]
-    values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
-    at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-    d = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
+    mask = tile_mask(live, k, s, K, S, EVEN)
+    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    if bits is not None:
+        # Before x is read: fewer values are alive while the bits are spread over the tile.
+        dz = through_bits(dz, bits, 0, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
+    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+    values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
     mean = tl.load(statistics + row, mask=live, other=0.0)[:, None]
     rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
     w = load_rows(weight, channel, live, 1.0, ACC)
-    normalized, dz, ds = upstream(
-        values, d, mean, rstd, w, residual, bits, bias, slope, at, mask, 0, row, channel, live, K, S,
-        DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, ACC,
-    )  # fmt: skip
+    ds = dz
+    if bits is None:
+        dz, ds = through_activation(
+            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
+            DERIVATIVE, P0, P1, ACC,
+        )  # fmt: skip
+    normalized = tl.where(mask, (values - mean) * rstd, 0.0)
+    if dresidual is not None:
+        tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     sum_dz = tl.sum(dz, 1)
     sum_dzx = tl.sum(dz * normalized, 1)
     if sums is not None:
@@ -71,12 +85,15 @@ def persistent_backward(
         tl.store(sums + rows + row, sum_dz, mask=live)
         if slope is not None:
             tl.store(sums + 2 * rows + row, tl.sum(ds, 1), mask=live)
-    if dresidual is not None:
-        tl.store(dresidual + at, dz, mask=mask)
     if dx is not None:
+        if FOLDED:
+            # One offset an element is too much to keep alive across the sums, and the compiler would keep it. The
+            # grid has a single row of programs, but the compiler does not know, so it computes these anew.
+            nothing = tl.num_programs(1) - 1
+            row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
         n = count(K, S, ACC)
         centered = dz - (sum_dz / n)[:, None] - normalized * (sum_dzx / n)[:, None]
-        tl.store(dx + at, centered * (rstd * w), mask=mask)
+        tl.store(dx + row_at + k_at + s_at, centered * (rstd * w), mask=mask)
 
 
 @triton.jit
@@ -95,7 +112,7 @@ def gradient(
     eps: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
 
@@ -135,25 +152,31 @@ def gradient(
         if sums is not None:
             tile = first + last - 1 - step
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = live[:, None] & ((k < K) & (s < S))[None, :]
-        values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
-        at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-        d = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
-        normalized, dz, ds = upstream(
-            values, d, center, rstd, w, residual, bits, bias, slope, at, mask, tile, row, channel, live, K, S,
-            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, ACC,
-        )  # fmt: skip
+        mask = tile_mask(live, k, s, K, S, EVEN)
+        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
+        ds = dz
+        if bits is not None:
+            dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
+        else:
+            dz, ds = through_activation(
+                dz, values, center, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
+                DERIVATIVE, P0, P1, ACC,
+            )  # fmt: skip
+        normalized = tl.where(mask, (values - center) * rstd, 0.0)
         if partials is not None:
             sum_dzx += dz * normalized
             sum_dz += dz
             if slope is not None:
                 sum_ds += ds
         if dresidual is not None:
-            tl.store(dresidual + at, dz, mask=mask)
+            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
         if dx is not None:
             if sums is not None:
                 dz = dz - mean_dz - normalized * mean_dzx
-            tl.store(dx + at, dz * (rstd * w), mask=mask)
+            tl.store(dx + row_at + k_at + s_at, dz * (rstd * w), mask=mask)
     if partials is not None:
         at = share.to(tl.int64) * rows + row
         plane = tl.num_programs(1).to(tl.int64) * rows

@@ -2,24 +2,24 @@
 
 from . import tl, triton
 from .statistics import combine, moments, store_statistics
-from .tiles import columns, count, load_rows, offsets, row_block, store_bits
+from .tiles import columns, count, load_rows, offsets, row_block, store_bits, tile_mask
 
 
 @triton.jit
 def finish(
-    x, mean, rstd, at, mask, y, residual, bits, weight, bias, slope, tile, row, channel, live, K, S,
+    x, mean, rstd, row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope, tile, row, channel, live, K, S,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative."""
     z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
     if residual is not None:
-        z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
+        z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     if slope is not None:
         p = load_rows(slope, channel, live, 0.0, ACC)
     else:
         p = P0
-    tl.store(y + at, VALUE(z, p, P1), mask=mask)
+    tl.store(y + row_at + k_at + s_at, VALUE(z, p, P1), mask=mask)
     if bits is not None:
         store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
 
@@ -31,24 +31,25 @@ def persistent_forward(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: one read, one write. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)
     k, s = columns(0, S, BLOCK_K, BLOCK_S)
     row = a.to(tl.int64) * G + g
     live = g < G
-    mask = live[:, None] & ((k < K) & (s < S))[None, :]
-    values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
+    mask = tile_mask(live, k, s, K, S, EVEN)
+    row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+    values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     n = count(K, S, ACC)
     mean, m2 = moments(values, mask, n)
     rstd = store_statistics(
         statistics, running_mean, running_var, row, live, rows, mean, m2, n,
         momentum, momentum_rest, eps, STORE_VARIANCE,
     )  # fmt: skip
-    at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
     finish(
-        values, mean[:, None], rstd[:, None], at, mask, y, residual, bits, weight, bias, slope,
+        values, mean[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope,
         0, row, g % channels, live, K, S,
         VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
     )  # fmt: skip
@@ -63,7 +64,7 @@ def normalize(
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACC: tl.constexpr, WIDE: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Normalizes with statistics that are partial (and combined here), complete, or given per channel (eval).
 
@@ -94,12 +95,12 @@ def normalize(
     for step in range(first, last):
         tile = first + last - 1 - step
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = live[:, None] & ((k < K) & (s < S))[None, :]
-        at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
-        values = tl.load(x + at, mask=mask, other=0.0).to(ACC)
-        at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        mask = tile_mask(live, k, s, K, S, EVEN)
+        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
         finish(
-            values, center[:, None], rstd[:, None], at, mask, y, residual, bits, weight, bias, slope,
+            values, center[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope,
             tile, row, channel, live, K, S,
             VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
         )  # fmt: skip

@@ -5,7 +5,7 @@ tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and devia
 """
 
 from . import tl, triton
-from .tiles import columns, count, offsets, row_block
+from .tiles import columns, count, offsets, row_block, tile_mask
 
 
 @triton.jit
@@ -69,7 +69,7 @@ def partial_statistics(
     x, partials,
     G, K, S, rows, tiles, steps,
     x_a, x_g, x_k, x_s,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P)."""
     a, g = row_block(tl.program_id(0), G, R)
@@ -80,11 +80,10 @@ def partial_statistics(
     m2 = tl.zeros((R,), ACC)
     for tile in range(first, tl.minimum(first + steps, tiles)):
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        valid = (k < K) & (s < S)
-        mask = live[:, None] & valid[None, :]
-        at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
-        n_tile = tl.sum(valid.to(ACC), 0)
-        mean_tile, m2_tile = moments(tl.load(x + at, mask=mask, other=0.0).to(ACC), mask, n_tile)
+        mask = tile_mask(live, k, s, K, S, EVEN)
+        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        n_tile = tl.sum(((k < K) & (s < S)).to(ACC), 0)
+        mean_tile, m2_tile = moments(tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC), mask, n_tile)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share

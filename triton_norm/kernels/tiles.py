@@ -24,11 +24,26 @@ def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
 
 @triton.jit
 def offsets(a, g, k, s, stride_a, stride_g, stride_k, stride_s, WIDE: tl.constexpr):
+    """Offsets of rows (R, 1), and of columns in k and in s, both (1, C): to be added to a pointer one after the other.
+
+    Kept apart so that what waits in registers for a later store is a few 32-bit numbers, which repeat along the tile, and
+    not a 64-bit address per element: that decides whether long channels_last rows spill.
+    """
     if WIDE:
         k = k.to(tl.int64)
         s = s.to(tl.int64)
     rows = a.to(tl.int64) * stride_a + g.to(tl.int64) * stride_g
-    return rows[:, None] + (k * stride_k + s * stride_s)[None, :]
+    return rows[:, None], (k * stride_k)[None, :], (s * stride_s)[None, :]
+
+
+@triton.jit
+def tile_mask(live, k, s, K, S, EVEN: tl.constexpr):
+    """Which elements of a tile exist. EVEN promises all: that spares the indices their registers."""
+    columns = (k < K) & (s < S)
+    if EVEN:
+        return tl.full((live.shape[0], columns.shape[0]), True, tl.int1)
+    else:
+        return live[:, None] & columns[None, :]
 
 
 @triton.jit
