@@ -157,7 +157,7 @@ def test_empty_inputs(backend, kind, shape, mode):
             y = f(x, mean, var, a.weight, a.bias, a.use_stats)
             y.sum().backward()
             outcomes.append((y, x.grad, mean, var))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             outcomes.append((type(error), str(error)))
     if isinstance(outcomes[0][0], torch.Tensor):
         torch.testing.assert_close(outcomes[1], outcomes[0], equal_nan=True)
@@ -224,7 +224,7 @@ def test_return_unpadded(backend, kind, padding):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "gelu", "hardtanh", "sigmoid"])
+@pytest.mark.parametrize("activation", [None, "relu", "relu6", "leaky_relu", "silu", "hardtanh", "sigmoid"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_nan_and_inf_pass_through(backend, kind, activation, value):
     a = arguments(kind, device=backend.device, activation=activation)

@@ -91,7 +91,7 @@ def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
     ``padding`` is one int for every side, or torch's (left, right, top, bottom, ...); ``mode`` a key of
     ``PADDING_MODES``.
     """
-    sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else tuple(padding)
+    sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else padding
     return _in_format_of(y, F.pad(y, sides, PADDING_MODES[mode]))
 
 
