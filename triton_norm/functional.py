@@ -232,9 +232,12 @@ def _on_torch(resolved: Resolved, x: Tensor) -> Callable[[Tensor], Tensor]:
     if resolved.slope is None:
         return resolved
     cast = resolved._replace(slope=resolved.slope.to(x.dtype))
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return cast
 
     def prelu(z: Tensor) -> Tensor:
-        with torch.autocast(z.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return cast(z)
 
     return prelu
