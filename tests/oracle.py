@@ -192,7 +192,9 @@ def assert_close_as_vectors(got: Tensor, want: Tensor, dtype: torch.dtype, what:
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     relative = TOLERANCES[dtype][1]
     error, size = (got.detach().cpu().double() - want).norm().item(), want.norm().item()
-    assert error <= relative * size, f"{what}: off by {error:.3g} for a norm of {size:.3g}, allowed {relative * size:.3g}"
+    assert error <= relative * size, (
+        f"{what}: off by {error:.3g} for a norm of {size:.3g}, allowed {relative:.3g} of it"
+    )
 
 
 def broadcast(p: Tensor, x: Tensor) -> Tensor:

@@ -290,7 +290,8 @@ def test_affine_of_another_shape(backend, change):
                                          ("padding_mode", "constant"), ("padding_mode", None)])  # fmt: skip
 @pytest.mark.parametrize("cls", [tn.BatchNorm2d, tn.InstanceNorm2d])
 def test_module_arguments(cls, name, value):
-    with pytest.raises(ValueError, match=re.escape(f"got {value!r}" if name == "padding" else f"unknown padding_mode {value!r}")):
+    message = f"got {value!r}" if name == "padding" else f"unknown padding_mode {value!r}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         cls(3, **{name: value})
 
 

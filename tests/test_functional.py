@@ -320,10 +320,8 @@ def test_one_gradient_alone(backend, kind, wanted):
     leaves = {"x": a.x, "weight": a.weight, "bias": a.bias, "residual": a.residual, "slope": slope.weight}
 
     def gradient(name):
-        return torch.autograd.grad(
-            function(kind)(a.x, None, None, a.weight, a.bias, True, residual=a.residual, activation=slope).square().sum(),
-            leaves[name],
-        )[0]  # fmt: skip
+        y = function(kind)(a.x, None, None, a.weight, a.bias, True, residual=a.residual, activation=slope)
+        return torch.autograd.grad(y.square().sum(), leaves[name])[0]
 
     slope.weight.requires_grad_(False)
     leaves[wanted].requires_grad_()
@@ -340,8 +338,9 @@ def test_repeated_runs_are_bitwise_equal(backend, kind, dtype):
         a = arguments(kind, (3, 3, 9, 7), dtype, backend.device, residual=True, statistics=True, activation="gelu")
         leaves = [t.requires_grad_() for t in (a.x, a.weight, a.bias, a.residual)]
         y = function(kind)(
-            a.x, a.running_mean, a.running_var, a.weight, a.bias, True, residual=a.residual, activation="gelu", padding=2
-        )
+            a.x, a.running_mean, a.running_var, a.weight, a.bias, True,
+            residual=a.residual, activation="gelu", padding=2,
+        )  # fmt: skip
         return [y, a.running_mean, a.running_var, *torch.autograd.grad(y.float().square().sum(), leaves)]
 
     for first, second in zip(run(), run(), strict=True):
@@ -392,9 +391,7 @@ def test_no_grad_and_inference_mode(backend, kind, tracking):
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             mean, var = (None if s is None else s.clone() for s in (a.running_mean, a.running_var))
-            y = function(kind)(
-                a.x, mean, var, a.weight, a.bias, True, residual=a.residual, activation="relu"
-            )
+            y = function(kind)(a.x, mean, var, a.weight, a.bias, True, residual=a.residual, activation="relu")
         assert torch.equal(y, want.y)
         assert not y.requires_grad
         assert mean is None or (torch.equal(mean, want.running_mean) and torch.equal(var, want.running_var))

@@ -26,9 +26,7 @@ def samples(module_db, name, backend, training, dtype):
     """Ours, torch's in float64 with the same state, the case's input, and what torch calls the case."""
     info = module_db[name]
     torch.manual_seed(0)
-    cases = info.module_inputs_func(
-        info, device=backend.device, dtype=dtype, requires_grad=True, training=training
-    )
+    cases = info.module_inputs_func(info, device=backend.device, dtype=dtype, requires_grad=True, training=training)
     assert len(cases) >= 6
     for case in cases:
         constructor, forward = case.constructor_input, case.forward_input
@@ -111,7 +109,8 @@ def test_repr_pickle_and_factory_arguments(backend, module_db, name, training):
 
 #: torch's database has no error cases for InstanceNorm: (constructor arguments, input shape, part of the message).
 INSTANCE_ERRORS = {
-    1: [((3,), (4,), "expected 2D or 3D input (got 1D input)"), ((3,), (2, 2, 3, 4), "expected 2D or 3D input (got 4D input)"),
+    1: [((3,), (4,), "expected 2D or 3D input (got 1D input)"),
+        ((3,), (2, 2, 3, 4), "expected 2D or 3D input (got 4D input)"),
         ((3,), (2, 3, 1), "Expected more than 1 spatial element"),
         ((3, 1e-5, 0.1, True), (2, 5, 4), "expected input's size at dim=1 to match num_features (3), but got: 5.")],
     2: [((3,), (2, 3), "expected 3D or 4D input (got 2D input)"), ((3,), (2, 3, 1, 1), "spatial element"),

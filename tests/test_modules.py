@@ -1,4 +1,4 @@
-"""The six modules against their torch.nn namesakes in float64: training, evaluation, state, and the tools around them."""
+"""The six modules against their torch.nn namesakes in float64: training, evaluation, state, and the tools around."""
 
 import copy
 import inspect
@@ -48,7 +48,7 @@ def batch(shape, backend, dtype=torch.float32, seed=0):
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 1.3 + 0.4).to(dtype).to(backend.device)
 
 
-def compare(ours, theirs, x, after=nn.Identity(), residual=None):
+def compare(ours, theirs, x, after=torch.clone, residual=None):
     """One forward and backward of both; the same output, gradients and state."""
     inputs = [x.clone().requires_grad_()] + ([] if residual is None else [residual.clone().requires_grad_()])
     wide = [t.detach().cpu().double().requires_grad_() for t in inputs]

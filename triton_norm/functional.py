@@ -105,10 +105,7 @@ def _normalize(
         _check_residual(x, residual)
     if resolved.slope is not None:
         fits = _check_slope(x, resolved.slope) and fits
-    if padding_mode not in reference.PADDING_MODES:
-        raise ValueError(
-            f"unknown padding_mode {padding_mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
-        )
+    check_padding_mode(padding_mode)
     if padding != 0:
         _check_padding(x, padding, padding_mode)
 
@@ -124,6 +121,13 @@ def _normalize(
         return (y, y) if return_unpadded else y
     padded = reference.pad(y, padding, padding_mode)
     return (padded, y) if return_unpadded else padded
+
+
+def check_padding_mode(mode: str) -> None:
+    if mode not in reference.PADDING_MODES:
+        raise ValueError(
+            f"unknown padding_mode {mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
+        )
 
 
 def _launch(
@@ -228,7 +232,7 @@ def _check_slope(x: Tensor, slope: Tensor) -> bool:
 
 
 def _on_torch(resolved: Resolved, x: Tensor) -> Callable[[Tensor], Tensor]:
-    """The activation for tensors of x's dtype; torch's prelu wants a slope of the same, and autocast would lower both."""
+    """The activation for tensors of x's dtype: torch's prelu wants a slope of the same, and autocast would lower it."""
     if resolved.slope is None:
         return resolved
     cast = resolved._replace(slope=resolved.slope.to(x.dtype))
