@@ -71,8 +71,9 @@ def compare(ours, theirs, x, after=torch.clone, residual=None):
         assert_close(got, buffer, x.dtype, name)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, options", [(n, o) for n in NAMES for o in OPTIONS if n.endswith("2d") or o in ("default", "tracking")]
+)
 def test_train_then_eval(backend, name, options):
     ours, theirs = pair(name, backend, **OPTIONS[options])
     for seed in range(2):
