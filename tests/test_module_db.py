@@ -1,6 +1,7 @@
 """The cases that torch tests its own norms with, on ours."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -98,8 +99,7 @@ def test_repr_pickle_and_factory_arguments(backend, module_db, name, training):
         assert repr(ours) == repr(theirs)
         assert all(t.device == x.device for t in ours.state_dict().values())
         assert all(t.dtype in (torch.float32, torch.long) for t in ours.state_dict().values())
-        copied = copy.deepcopy(ours)
-        assert_close(copied(x), ours(x), torch.float64, case.desc)
+        assert repr(pickle.loads(pickle.dumps(ours))) == repr(ours), case.desc
 
 
 #: torch's database has no error cases for InstanceNorm: (constructor arguments, input shape, part of the message).

@@ -294,6 +294,18 @@ def test_update_bn(backend):
     assert ours[0].momentum == 0.1
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "InstanceNorm2d"])
+def test_tracking_switched_off_later(backend, name, mode):
+    ours, theirs = pair(name, backend, track_running_stats=True)
+    x = batch(shape_of(name), backend)
+    compare(ours, theirs, x)
+    for module in (ours, theirs):
+        module.track_running_stats = False
+        module.train(mode == "train")
+    compare(ours, theirs, x)
+
+
 def test_freezing_the_affine(backend):
     module = tn.BatchNorm2d(4, device=backend.device, activation="relu")
     module.weight.requires_grad_(False)
