@@ -5,6 +5,7 @@ themselves are a few comparisons; only when one fails is torch asked, by calling
 """
 
 import os
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -104,10 +105,7 @@ def _normalize(
         _check_residual(x, residual)
     if resolved.slope is not None:
         fits = _check_slope(x, resolved.slope) and fits
-    if padding_mode not in reference.PADDING_MODES:
-        raise ValueError(
-            f"unknown padding_mode {padding_mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
-        )
+    check_padding_mode(padding_mode)
     if padding != 0:
         _check_padding(x, padding, padding_mode)
 
@@ -117,12 +115,19 @@ def _normalize(
         )
     else:
         y = reference.normalize(
-            x, weight, bias, residual, running_mean, running_var, kind, use_stats, momentum, eps, _cast(resolved, x)
+            x, weight, bias, residual, running_mean, running_var, kind, use_stats, momentum, eps, _on_torch(resolved, x)
         )
     if padding == 0:
         return (y, y) if return_unpadded else y
     padded = reference.pad(y, padding, padding_mode)
     return (padded, y) if return_unpadded else padded
+
+
+def check_padding_mode(mode: str) -> None:
+    if mode not in reference.PADDING_MODES:
+        raise ValueError(
+            f"unknown padding_mode {mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
+        )
 
 
 def _launch(
@@ -138,7 +143,7 @@ def _launch(
     y = autograd.normalize(
         x, None, None, None, None, running_mean, running_var, kind, use_stats, momentum, eps, "identity", ()
     )
-    return reference.finish(y, x, weight, bias, residual, _cast(resolved, x))
+    return reference.finish(y, x, weight, bias, residual, _on_torch(resolved, x))
 
 
 def _backend(x: Tensor) -> str:
@@ -226,9 +231,20 @@ def _check_slope(x: Tensor, slope: Tensor) -> bool:
     return False
 
 
-def _cast(resolved: Resolved, x: Tensor) -> Resolved:
-    """The activation for tensors of x's dtype: torch's prelu refuses a slope of another."""
-    return resolved if resolved.slope is None else resolved._replace(slope=resolved.slope.to(x.dtype))
+def _on_torch(resolved: Resolved, x: Tensor) -> Callable[[Tensor], Tensor]:
+    """The activation for tensors of x's dtype: torch's prelu wants a slope of the same, and autocast would lower it."""
+    if resolved.slope is None:
+        return resolved
+    cast = resolved._replace(slope=resolved.slope.to(x.dtype))
+    device = x.device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return cast
+
+    def prelu(z: Tensor) -> Tensor:
+        with torch.autocast(device, enabled=False):
+            return cast(z)
+
+    return prelu
 
 
 def _check_padding(x: Tensor, padding: int | tuple[int, ...], mode: str) -> None:
@@ -236,7 +252,11 @@ def _check_padding(x: Tensor, padding: int | tuple[int, ...], mode: str) -> None
     spatial = x.shape[2:]
     if not spatial:
         raise ValueError(f"padding needs an input with spatial dims, but got {_describe(x)}")
-    sides = (padding,) * (2 * len(spatial)) if isinstance(padding, int) else tuple(padding)
+    sides = (padding,) * (2 * len(spatial)) if isinstance(padding, int) else padding
     sizes = [size for size in reversed(spatial) for _ in range(2)]
-    if len(sides) != len(sizes) or not all(isinstance(p, int) and 0 <= p < n for p, n in zip(sides, sizes, strict=True)):
+    if not (
+        isinstance(sides, (tuple, list))
+        and len(sides) == len(sizes)
+        and all(isinstance(p, int) and 0 <= p < size for p, size in zip(sides, sizes, strict=True))
+    ):
         reference.pad(x.detach(), padding, mode)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
+from . import functional
 from .kernels.activations import resolve
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d"]
@@ -138,10 +138,7 @@ class _InstanceNorm(_Fused):
 
 
 def _check_padding(padding: int | tuple[int, ...], mode: str, dims: int) -> None:
-    if mode not in reference.PADDING_MODES:
-        raise ValueError(
-            f"unknown padding_mode {mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
-        )
+    functional.check_padding_mode(mode)
     sides = (padding,) if isinstance(padding, int) else padding
     if (
         not isinstance(sides, (tuple, list))
@@ -154,36 +151,36 @@ def _check_padding(padding: int | tuple[int, ...], mode: str, dims: int) -> None
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` for (N, C) or (N, C, L), with a fused activation, residual and padding."""
+    """``torch.nn.BatchNorm1d`` for (N, C) or (N, C, L), with fused activation, residual and padding."""
 
     _dims = 1
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` for (N, C, H, W), with a fused activation, residual and padding."""
+    """``torch.nn.BatchNorm2d`` for (N, C, H, W), with fused activation, residual and padding."""
 
     _dims = 2
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with a fused activation, residual and padding."""
+    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with fused activation, residual and padding."""
 
     _dims = 3
 
 
 class InstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
-    """``torch.nn.InstanceNorm1d`` for (N, C, L) or (C, L), with a fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm1d`` for (N, C, L) or (C, L), with fused activation, residual and padding."""
 
     _dims = 1
 
 
 class InstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
-    """``torch.nn.InstanceNorm2d`` for (N, C, H, W) or (C, H, W), with a fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm2d`` for (N, C, H, W) or (C, H, W), with fused activation, residual and padding."""
 
     _dims = 2
 
 
 class InstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
-    """``torch.nn.InstanceNorm3d`` for (N, C, D, H, W) or (C, D, H, W), with a fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm3d`` for (N, C, D, H, W) or (C, D, H, W), with fused activation, residual and padding."""
 
     _dims = 3

@@ -91,7 +91,7 @@ def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
     ``padding`` is one int for every side, or torch's (left, right, top, bottom, ...); ``mode`` a key of
     ``PADDING_MODES``.
     """
-    sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else tuple(padding)
+    sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else padding
     return _in_format_of(y, F.pad(y, sides, PADDING_MODES[mode]))
 
 
@@ -109,10 +109,8 @@ def _spread(p: Tensor, x: Tensor) -> Tensor:
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's memory format, where x has one; torch's instance norm and some pads lose channels_last."""
-    if x.is_contiguous():
-        return y.contiguous()
+    """y in channels_last where x is: torch's instance norm on the CPU and some of its pads lose it."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and x.is_contiguous(memory_format=channels_last):
+    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
         return y.contiguous(memory_format=channels_last)
     return y

@@ -1,0 +1,30 @@
+"""Which backend a test runs on.
+
+Without a GPU the kernels run in Triton's interpreter, which has to be switched on before triton is imported.
+``pytest -m gpu`` runs the same cases on CUDA tensors, with compiled kernels.
+"""
+
+import os
+from dataclasses import dataclass
+
+import pytest
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+@dataclass(frozen=True)
+class Backend:
+    #: "torch" (plain PyTorch on the CPU), "triton" (the interpreter, on the CPU) or "cuda" (the compiled kernels).
+    name: str
+    #: Where the test's tensors live.
+    device: str
+
+
+@pytest.fixture(params=["torch", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch" if request.param == "torch" else "triton")
+    return Backend(request.param, "cuda" if request.param == "cuda" else "cpu")

@@ -1,0 +1,217 @@
+"""The oracle: the same call in float64 by plain torch, and how close is close.
+
+Tolerances depend on the dtype alone, never on the size. Tensors shaped like the input are compared element by
+element. Gradients of parameters are sums over many elements, some of which cancel, so those are compared as vectors:
+the norm of the difference against the norm of the expected gradient.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import triton_norm
+
+#: dtype -> (absolute, relative); a few roundings of values of order one.
+TOLERANCES = {
+    torch.float64: (1e-9, 1e-9),
+    torch.float32: (2e-5, 1e-4),
+    torch.float16: (4e-3, 4e-3),
+    torch.bfloat16: (3e-2, 3e-2),
+}
+
+#: Every activation by name, as torch's own module with torch's defaults.
+BY_NAME: dict[str, nn.Module] = {
+    "relu": nn.ReLU(),
+    "relu6": nn.ReLU6(),
+    "leaky_relu": nn.LeakyReLU(),
+    "elu": nn.ELU(),
+    "celu": nn.CELU(),
+    "selu": nn.SELU(),
+    "gelu": nn.GELU(),
+    "gelu_tanh": nn.GELU("tanh"),
+    "silu": nn.SiLU(),
+    "mish": nn.Mish(),
+    "softplus": nn.Softplus(),
+    "sigmoid": nn.Sigmoid(),
+    "logsigmoid": nn.LogSigmoid(),
+    "tanh": nn.Tanh(),
+    "hardtanh": nn.Hardtanh(),
+    "hardswish": nn.Hardswish(),
+    "hardsigmoid": nn.Hardsigmoid(),
+    "softsign": nn.Softsign(),
+}
+
+#: Where some derivative jumps: rounding z across one of these is no error, so no gradient is sent in near them.
+_KINKS = (-3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
+
+
+@dataclass
+class Arguments:
+    """One call of ``batch_norm`` or ``instance_norm``. ``activation`` may be a PReLU."""
+
+    kind: str
+    x: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    use_stats: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-5
+    activation: None | str | nn.Module = None
+    padding: int | tuple[int, ...] = 0
+    padding_mode: str = "reflect"
+
+
+@dataclass
+class Result:
+    y: Tensor
+    #: Of x, weight, bias, residual and slope, as far as they are there.
+    gradients: dict[str, Tensor]
+    running_mean: Tensor | None
+    running_var: Tensor | None
+
+
+def arguments(
+    kind: str,
+    shape: tuple[int, ...] = (2, 3, 4, 5),
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    affine: str = "both",
+    residual: bool = False,
+    statistics: bool = False,
+    parameter_dtype: torch.dtype | None = None,
+    seed: int = 0,
+    **more,
+) -> Arguments:
+    """Random arguments; ``affine`` is "both", "weight", "bias" or "none"."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(size, scale=1.0, offset=0.0, dtype=dtype):
+        return (torch.randn(size, generator=generator) * scale + offset).to(dtype).to(device)
+
+    parameter_dtype = parameter_dtype or dtype
+    channels = shape[1]
+    made = Arguments(kind, normal(shape, 1.5, 0.5), **more)
+    if affine in ("both", "weight"):
+        made.weight = normal(channels, 0.5, 1.0, parameter_dtype)
+    if affine in ("both", "bias"):
+        made.bias = normal(channels, 0.5, 0.0, parameter_dtype)
+    if residual:
+        made.residual = normal(shape)
+    if statistics:
+        made.running_mean = normal(channels, 0.5, 0.0, parameter_dtype)
+        made.running_var = normal(channels, 0.2, 0.0, parameter_dtype).abs() + 0.5
+    return made
+
+
+def expected(a: Arguments) -> tuple[Result, Tensor]:
+    """The float64 answer, and the gradient that was sent into y."""
+    x, weight, bias, residual, mean, var = map(
+        _double, (a.x, a.weight, a.bias, a.residual, a.running_mean, a.running_var)
+    )
+    slope = _double(a.activation.weight) if isinstance(a.activation, nn.PReLU) else None
+    leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
+    leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
+
+    norm = {"batch": F.batch_norm, "instance": F.instance_norm}[a.kind]
+    z = norm(x, mean, var, None, None, a.use_stats, a.momentum, a.eps)
+    if weight is not None:
+        z = z * broadcast(weight, x)
+    if bias is not None:
+        z = z + broadcast(bias, x)
+    if residual is not None:
+        z = z + residual
+    if slope is not None:
+        y = F.prelu(z, slope)
+    elif a.activation is not None:
+        y = (BY_NAME[a.activation] if isinstance(a.activation, str) else a.activation)(z)
+    else:
+        y = z
+    margin = 2 * TOLERANCES[a.x.dtype][0]
+    smooth = torch.stack([(z.detach() - kink).abs() > margin for kink in _KINKS]).all(0).double()
+    y, smooth = (pad(t, a.padding, a.padding_mode) for t in (y, smooth))
+    dy = (torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * smooth).to(a.x.dtype)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.double())
+    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var), dy
+
+
+def actual(a: Arguments, dy: Tensor) -> Result:
+    """What triton_norm makes of it, on copies of the running statistics."""
+    x, weight, bias, residual = (
+        None if t is None else t.detach().requires_grad_() for t in (a.x, a.weight, a.bias, a.residual)
+    )
+    slope = a.activation.weight if isinstance(a.activation, nn.PReLU) else None
+    leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
+    leaves = {name: t for name, t in leaves.items() if t is not None}
+    mean, var = (None if s is None else s.clone() for s in (a.running_mean, a.running_var))
+    function = {"batch": triton_norm.functional.batch_norm, "instance": triton_norm.functional.instance_norm}[a.kind]
+    y = function(
+        x, mean, var, weight, bias, a.use_stats, a.momentum, a.eps,
+        residual=residual, activation=a.activation, padding=a.padding, padding_mode=a.padding_mode,
+    )  # fmt: skip
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.device))
+    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var)
+
+
+def check(a: Arguments) -> Result:
+    """Compares output, every gradient and the running statistics with the oracle; returns what triton_norm gave."""
+    want, dy = expected(a)
+    got = actual(a, dy)
+    dtype = a.x.dtype
+    assert got.y.dtype == dtype
+    assert_close(got.y, want.y, dtype, "output")
+    assert got.gradients.keys() == want.gradients.keys()
+    for name, gradient in got.gradients.items():
+        if gradient.shape == a.x.shape and name in ("x", "residual"):
+            assert gradient.dtype == dtype
+            assert_close(gradient, want.gradients[name], dtype, f"gradient of {name}")
+        else:
+            assert_close_as_vectors(gradient, want.gradients[name], dtype, f"gradient of {name}")
+    for name in ("running_mean", "running_var"):
+        if getattr(want, name) is not None:
+            # Statistics are accumulated in float32 at least, then rounded to their own dtype.
+            assert_close(getattr(got, name), getattr(want, name), getattr(a, name).dtype, name)
+    return got
+
+
+def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "tensor") -> None:
+    """Element by element, NaN and infinity in the same places."""
+    absolute, relative = TOLERANCES[dtype]
+    torch.testing.assert_close(
+        got.detach().cpu().double(), want.detach().cpu().double(), atol=absolute, rtol=relative, equal_nan=True,
+        msg=lambda message: f"{what}: {message}",
+    )  # fmt: skip
+
+
+def assert_close_as_vectors(got: Tensor, want: Tensor, dtype: torch.dtype, what: str = "tensor") -> None:
+    """Norm of the difference against the norm of what was expected."""
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    relative = TOLERANCES[dtype][1]
+    error, size = (got.detach().cpu().double() - want).norm().item(), want.norm().item()
+    assert error <= relative * size, (
+        f"{what}: off by {error:.3g} for a norm of {size:.3g}, allowed {relative:.3g} of it"
+    )
+
+
+def broadcast(p: Tensor, x: Tensor) -> Tensor:
+    """(C,), (N, C) or x's shape against x."""
+    if p.dim() == 1:
+        p = p[None, :]
+    while p.dim() < x.dim():
+        p = p[..., None]
+    return p
+
+
+def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
+    if padding == 0:
+        return y
+    sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else padding
+    return F.pad(y, sides, "constant" if mode == "zeros" else mode)
+
+
+def _double(t: Tensor | None) -> Tensor | None:
+    return None if t is None else t.detach().cpu().double().clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,63 @@
+"""reference.py: the differentiable formula, and what the CPU path promises beyond torch's functions."""
+
+import pytest
+import torch
+from oracle import BY_NAME, arguments, assert_close, assert_close_as_vectors, expected
+from torch import nn
+
+from triton_norm import reference
+
+KINDS = ("batch", "instance")
+
+
+@pytest.mark.parametrize("use_stats", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula(kind, dtype, use_stats):
+    a = arguments(kind, dtype=dtype, residual=True, statistics=True, use_stats=use_stats, activation="silu")
+    want, dy = expected(a)
+    leaves = {"x": a.x, "weight": a.weight, "bias": a.bias, "residual": a.residual}
+    statistics = [a.running_mean.clone(), a.running_var.clone()]
+    for t in leaves.values():
+        t.requires_grad_()
+    y = reference.formula(
+        a.x, a.weight, a.bias, a.residual, a.running_mean, a.running_var, kind, use_stats, a.eps, BY_NAME["silu"]
+    )
+    assert y.dtype == dtype
+    assert_close(y, want.y, dtype)
+    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
+    for name, gradient in zip(leaves, gradients, strict=True):
+        compare = assert_close if name in ("x", "residual") else assert_close_as_vectors
+        compare(gradient, want.gradients[name], dtype, name)
+    assert torch.equal(a.running_mean, statistics[0]) and torch.equal(a.running_var, statistics[1])
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_formula_differentiates_twice(kind, activation):
+    a = arguments(kind, (2, 2, 3), torch.float64, residual=True)
+    inputs = [t.requires_grad_() for t in (a.x, a.weight, a.bias, a.residual)]
+
+    def call(x, weight, bias, residual):
+        function = BY_NAME[activation] if activation else nn.Identity()
+        return reference.formula(x, weight, bias, residual, None, None, kind, True, 1e-5, function)
+
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+def test_formula_keeps_digits_far_from_zero():
+    """At mean 1e4 and deviation 1 the variance is taken about the mean."""
+    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) + 1e4
+    wide = x.double()
+    want = (wide - wide.mean(2, keepdim=True)) / (wide.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    y = reference.formula(x, None, None, None, None, None, "instance", True, 1e-5, nn.Identity())
+    torch.testing.assert_close(y.double(), want, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dtype_of_the_result(kind):
+    """Whatever autocast makes of an activation, the input's dtype comes back."""
+    x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    y = reference.normalize(x, None, None, None, None, None, kind, True, 0.1, 1e-5, lambda z: z.float())
+    assert y.dtype == torch.bfloat16
