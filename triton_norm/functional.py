@@ -1,0 +1,242 @@
+"""Functions beside ``torch.nn.functional``'s: argument checks, torch's own errors, and the choice of the backend.
+
+Every check comes before anything is written, so an error leaves the running statistics as they were. The checks
+themselves are a few comparisons; only when one fails is torch asked, by calling it, for the error it raises.
+"""
+
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .kernels import AVAILABLE, activations, triton
+from .kernels.activations import Resolved, resolve
+
+__all__ = ["batch_norm", "instance_norm"]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+#: Whether TRITON_INTERPRET was on when Triton made the kernels; setting it later has no effect on them.
+_INTERPRETED = AVAILABLE and not isinstance(activations.identity, triton.JITFunction)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: None | str | nn.Module = None,
+    padding: int | tuple[int, ...] = 0,
+    padding_mode: str = "reflect",
+    return_unpadded: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``pad(activation(batch_norm(input) * weight + bias + residual))`` in one pass over ``input`` (N, C, *spatial).
+
+    The first eight arguments are those of ``torch.nn.functional.batch_norm``; ``weight`` and ``bias`` may also be
+    (N, C) or of the input's shape. Floating inputs of any strides; half-precision ones may come with float32
+    parameters. ``residual`` has the input's shape, dtype and device. ``activation`` is a name or a ``torch.nn``
+    instance. ``return_unpadded`` gives ``(padded, unpadded)``.
+
+    Raises torch's own errors, and ``ValueError`` for an unsuitable residual, activation or padding mode; running
+    statistics are unchanged then.
+    """
+    return _normalize(
+        "batch", input, running_mean, running_var, weight, bias, training, momentum, eps,
+        residual, activation, padding, padding_mode, return_unpadded,
+    )  # fmt: skip
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: None | str | nn.Module = None,
+    padding: int | tuple[int, ...] = 0,
+    padding_mode: str = "reflect",
+    return_unpadded: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``pad(activation(instance_norm(input) * weight + bias + residual))`` in one pass over ``input``.
+
+    The first eight arguments are those of ``torch.nn.functional.instance_norm``; everything else as in ``batch_norm``.
+    """
+    return _normalize(
+        "instance", input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps,
+        residual, activation, padding, padding_mode, return_unpadded,
+    )  # fmt: skip
+
+
+def _normalize(
+    kind, x, running_mean, running_var, weight, bias, use_stats, momentum, eps,
+    residual, activation, padding, padding_mode, return_unpadded,
+):  # fmt: skip
+    resolved = resolve(activation)
+    # Affines other than one number per channel are applied by torch behind the norm.
+    composed = _is_wide(weight) or _is_wide(bias)
+    if composed:
+        _check_wide(x, weight, bias)
+    w, b = (None, None) if composed else (weight, bias)
+    # What torch accepts and the kernels do not know (running statistics of another dtype, say) is left to torch.
+    fits = _fits(x, w, b, running_mean, running_var)
+    if not (
+        fits
+        and (use_stats is True or (use_stats is False and running_mean is not None))
+        and isinstance(momentum, (float, int))
+        and isinstance(eps, (float, int))
+        and eps > 0
+        and not (use_stats and x.numel() == (x.shape[1] if kind == "batch" else x.shape[0] * x.shape[1]))
+    ):
+        _ask_torch(kind, x, running_mean, running_var, w, b, use_stats, momentum, eps)
+    if residual is not None:
+        _check_residual(x, residual)
+    if resolved.slope is not None:
+        fits = _check_slope(x, resolved.slope) and fits
+    if padding_mode not in reference.PADDING_MODES:
+        raise ValueError(
+            f"unknown padding_mode {padding_mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
+        )
+    if padding != 0:
+        _check_padding(x, padding, padding_mode)
+
+    if fits and x.numel() and _backend(x) == "triton":
+        y = _launch(
+            x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed
+        )
+    else:
+        y = reference.normalize(
+            x, weight, bias, residual, running_mean, running_var, kind, use_stats, momentum, eps, _cast(resolved, x)
+        )
+    if padding == 0:
+        return (y, y) if return_unpadded else y
+    padded = reference.pad(y, padding, padding_mode)
+    return (padded, y) if return_unpadded else padded
+
+
+def _launch(
+    x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed
+):  # fmt: skip
+    from . import autograd
+
+    if not composed:
+        return autograd.normalize(
+            x, weight, bias, residual, resolved.slope, running_mean, running_var,
+            kind, use_stats, momentum, eps, resolved.name, resolved.parameters,
+        )  # fmt: skip
+    y = autograd.normalize(
+        x, None, None, None, None, running_mean, running_var, kind, use_stats, momentum, eps, "identity", ()
+    )
+    return reference.finish(y, x, weight, bias, residual, _cast(resolved, x))
+
+
+def _backend(x: Tensor) -> str:
+    """ "triton" or "torch", for a tensor like x."""
+    if "TRITON_NORM_BACKEND" in os.environ:
+        choice = os.environ["TRITON_NORM_BACKEND"]
+        if choice not in ("torch", "triton"):
+            raise ValueError(f"TRITON_NORM_BACKEND must be 'torch' or 'triton', but got {choice!r}")
+        if choice == "triton" and not AVAILABLE:
+            raise RuntimeError("TRITON_NORM_BACKEND is 'triton', but triton is not installed")
+        if choice == "triton" and x.is_cpu and not _INTERPRETED:
+            raise RuntimeError(
+                "TRITON_NORM_BACKEND is 'triton', but the input is on the CPU: "
+                "expected a GPU tensor, or TRITON_INTERPRET=1 in the environment before triton is imported"
+            )
+        return choice
+    return "triton" if (AVAILABLE and x.is_cuda) or (_INTERPRETED and x.is_cpu) else "torch"
+
+
+def _fits(x: Tensor, *parameters: Tensor | None) -> bool:
+    """Whether the kernels take these as they are; ``parameters`` are weight, bias, running mean and variance."""
+    if not isinstance(x, Tensor) or x.dtype not in _DTYPES or x.dim() < 2:
+        return False
+    shape, device, dtype = (x.shape[1],), x.device, None
+    for p in parameters:
+        if p is None:
+            continue
+        if not isinstance(p, Tensor) or p.shape != shape or p.device != device or p.dtype != (dtype or p.dtype):
+            return False
+        dtype = p.dtype
+    running_mean, running_var = parameters[2:]
+    if (running_mean is None) != (running_var is None):
+        return False
+    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+        return False
+    return dtype is None or dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
+
+
+def _ask_torch(kind, x, running_mean, running_var, weight, bias, use_stats, momentum, eps) -> None:
+    """Raises what torch raises for these arguments, if anything; the running statistics are not touched."""
+    running_mean, running_var = (s.clone() if isinstance(s, Tensor) else s for s in (running_mean, running_var))
+    reference.NORMS[kind](x, running_mean, running_var, weight, bias, use_stats, momentum, eps)
+
+
+def _describe(t: Tensor) -> str:
+    return f"shape {tuple(t.shape)}, {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)
+
+
+def _check_residual(x: Tensor, residual: Tensor) -> None:
+    if (
+        not isinstance(residual, Tensor)
+        or residual.shape != x.shape
+        or residual.dtype != x.dtype
+        or residual.device != x.device
+    ):
+        raise ValueError(f"residual must be like the input: expected {_describe(x)}, but got {_describe(residual)}")
+
+
+def _is_wide(p: Tensor | None) -> bool:
+    return isinstance(p, Tensor) and p.dim() > 1
+
+
+def _check_wide(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> None:
+    shapes = {tuple(x.shape[1:2]), tuple(x.shape[:2]), tuple(x.shape)}
+    for name, p in (("weight", weight), ("bias", bias)):
+        if p is not None and (
+            not isinstance(p, Tensor)
+            or tuple(p.shape) not in shapes
+            or p.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32))
+            or p.device != x.device
+        ):
+            raise ValueError(
+                f"{name} must have shape {' or '.join(map(str, sorted(shapes, key=len)))} for an input of "
+                f"{_describe(x)}, but got {_describe(p)}"
+            )
+
+
+def _check_slope(x: Tensor, slope: Tensor) -> bool:
+    """Whether the kernels take this PReLU slope; otherwise raises what torch raises, if anything."""
+    if slope.dtype == torch.float32 and x.dtype in (torch.float16, torch.bfloat16):
+        slope = slope.to(x.dtype)
+    if slope.dtype == x.dtype and slope.device == x.device and slope.shape in ((1,), (x.shape[1],)):
+        return True
+    F.prelu(x.detach(), slope.detach())
+    return False
+
+
+def _cast(resolved: Resolved, x: Tensor) -> Resolved:
+    """The activation for tensors of x's dtype: torch's prelu refuses a slope of another."""
+    return resolved if resolved.slope is None else resolved._replace(slope=resolved.slope.to(x.dtype))
+
+
+def _check_padding(x: Tensor, padding: int | tuple[int, ...], mode: str) -> None:
+    """Raises what torch raises for this pad, if anything."""
+    spatial = x.shape[2:]
+    if not spatial:
+        raise ValueError(f"padding needs an input with spatial dims, but got {_describe(x)}")
+    sides = (padding,) * (2 * len(spatial)) if isinstance(padding, int) else tuple(padding)
+    sizes = [size for size in reversed(spatial) for _ in range(2)]
+    if len(sides) != len(sizes) or not all(isinstance(p, int) and 0 <= p < n for p, n in zip(sides, sizes, strict=True)):
+        reference.pad(x.detach(), padding, mode)

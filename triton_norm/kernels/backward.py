@@ -1,0 +1,182 @@
+"""Backward, with the pre-activation z recomputed from x and the saved statistics.
+
+With dz = act'(z) dy, g = dz * weight and x̂ = (x - mean) * rstd, for a row of n elements:
+
+    dx = rstd * (g - mean(g) - x̂ * mean(g x̂))      statistics of the row itself
+    dx = rstd * g                                   given statistics (eval)
+    dweight = Σ dz x̂,  dbias = Σ dz,  dslope = Σ dy min(z, 0),  dresidual = dz
+
+The weight is constant on a row, so a row's Σ dz and Σ dz x̂ serve both dx and, summed over the rows of a channel, the
+parameters: no atomics, and every result is bitwise repeatable. Sums lie as (Q, ..., rows): Σ dz x̂, Σ dz, then dslope.
+"""
+
+from . import tl, triton
+from .tiles import columns, count, load_bits, load_rows, offsets, row_block
+
+
+@triton.jit
+def upstream(
+    values, d, mean, rstd, w, residual, bits, bias, slope, at, mask, tile, row, channel, live, K, S,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """x̂, dz and the slope's integrand on a tile. The residual is not read where one bit an element stands for z."""
+    normalized = tl.where(mask, (values - mean) * rstd, 0.0)
+    if bits is not None:
+        on = load_bits(bits, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
+        return normalized, d * tl.where(on, tl.full(d.shape, ON, ACC), tl.full(d.shape, OFF, ACC)), d
+    else:
+        # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
+        z = (values - mean) * (rstd * w) + load_rows(bias, channel, live, 0.0, ACC)
+        if residual is not None:
+            z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
+        p = load_rows(slope, channel, live, P0, ACC)
+        ds = d
+        if slope is not None:
+            ds = d * tl.where(z > 0, 0.0, z)
+        return normalized, d * DERIVATIVE(z, p, P1), ds
+
+
+@triton.jit
+def persistent_backward(
+    x, dy, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
+    G, K, S, rows, channels,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,)."""
+    a, g = row_block(tl.program_id(0), G, R)
+    k, s = columns(0, S, BLOCK_K, BLOCK_S)
+    row = a.to(tl.int64) * G + g
+    channel = g % channels
+    live = g < G
+    mask = live[:, None] & ((k < K) & (s < S))[None, :]
+    values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
+    at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    d = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
+    mean = tl.load(statistics + row, mask=live, other=0.0)[:, None]
+    rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
+    w = load_rows(weight, channel, live, 1.0, ACC)
+    normalized, dz, ds = upstream(
+        values, d, mean, rstd, w, residual, bits, bias, slope, at, mask, 0, row, channel, live, K, S,
+        DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, ACC,
+    )  # fmt: skip
+    sum_dz = tl.sum(dz, 1)
+    sum_dzx = tl.sum(dz * normalized, 1)
+    if sums is not None:
+        tl.store(sums + row, sum_dzx, mask=live)
+        tl.store(sums + rows + row, sum_dz, mask=live)
+        if slope is not None:
+            tl.store(sums + 2 * rows + row, tl.sum(ds, 1), mask=live)
+    if dresidual is not None:
+        tl.store(dresidual + at, dz, mask=mask)
+    if dx is not None:
+        n = count(K, S, ACC)
+        centered = dz - (sum_dz / n)[:, None] - normalized * (sum_dzx / n)[:, None]
+        tl.store(dx + at, centered * (rstd * w), mask=mask)
+
+
+@triton.jit
+def gradient(
+    x, dy, dx, dresidual, residual, bits, statistics, mean, variance, sums, partials, weight, bias, slope,
+    G, K, S, rows, channels, tiles, steps, P,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    eps: tl.constexpr,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
+
+    With ``partials`` it writes each program's sums to (Q, P, rows). With ``dx`` or ``dresidual`` it writes those,
+    using the rows' ``sums`` of an earlier pass, (Q, P, rows), unless the statistics are given per channel.
+    The pass that has sums runs backwards, to meet in L2 what the pass before it read last.
+    """
+    share = tl.program_id(1)
+    block = tl.program_id(0)
+    if sums is not None:
+        share = tl.num_programs(1) - 1 - share
+        block = tl.num_programs(0) - 1 - block
+    a, g = row_block(block, G, R)
+    row = a.to(tl.int64) * G + g
+    channel = g % channels
+    live = g < G
+    w = load_rows(weight, channel, live, 1.0, ACC)
+    if mean is not None:
+        center = load_rows(mean, channel, live, 0.0, ACC)
+        rstd = tl.rsqrt(load_rows(variance, channel, live, 1.0, ACC) + eps)
+    else:
+        center = tl.load(statistics + row, mask=live, other=0.0)[:, None]
+        rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
+    if sums is not None:
+        p = tl.arange(0, BLOCK_P)
+        at = p.to(tl.int64)[None, :] * rows + row[:, None]
+        mask = live[:, None] & (p < P)[None, :]
+        n = count(K, S, ACC)
+        mean_dzx = (tl.sum(tl.load(sums + at, mask=mask, other=0.0), 1) / n)[:, None]
+        at += tl.full((), 1, tl.int64) * P * rows
+        mean_dz = (tl.sum(tl.load(sums + at, mask=mask, other=0.0), 1) / n)[:, None]
+    if partials is not None:
+        sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        if slope is not None:
+            sum_ds = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+    first = share * steps
+    last = tl.minimum(first + steps, tiles)
+    for step in range(first, last):
+        tile = step
+        if sums is not None:
+            tile = first + last - 1 - step
+        k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+        mask = live[:, None] & ((k < K) & (s < S))[None, :]
+        values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
+        at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        d = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
+        normalized, dz, ds = upstream(
+            values, d, center, rstd, w, residual, bits, bias, slope, at, mask, tile, row, channel, live, K, S,
+            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, ACC,
+        )  # fmt: skip
+        if partials is not None:
+            sum_dzx += dz * normalized
+            sum_dz += dz
+            if slope is not None:
+                sum_ds += ds
+        if dresidual is not None:
+            tl.store(dresidual + at, dz, mask=mask)
+        if dx is not None:
+            if sums is not None:
+                dz = dz - mean_dz - normalized * mean_dzx
+            tl.store(dx + at, dz * (rstd * w), mask=mask)
+    if partials is not None:
+        at = share.to(tl.int64) * rows + row
+        plane = tl.num_programs(1).to(tl.int64) * rows
+        tl.store(partials + at, tl.sum(sum_dzx, 1), mask=live)
+        tl.store(partials + plane + at, tl.sum(sum_dz, 1), mask=live)
+        if slope is not None:
+            tl.store(partials + 2 * plane + at, tl.sum(sum_ds, 1), mask=live)
+
+
+@triton.jit
+def _column_sum(source, target, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+    total = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    for start in range(0, L, BLOCK_L):
+        at_l = start + tl.arange(0, BLOCK_L)
+        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
+        total += tl.load(source + at, mask=(at_l < L)[:, None] & (at_m < M)[None, :], other=0.0)
+    tl.store(target + at_m, tl.sum(total, 0), mask=at_m < M)
+
+
+@triton.jit
+def column_sums(
+    source, first, second, third, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """Sums each (L, M) plane of source over L, into the outputs that are wanted. Grid (M blocks,)."""
+    at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    plane = tl.full((), 1, tl.int64) * L * M
+    if first is not None:
+        _column_sum(source, first, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    if second is not None:
+        _column_sum(source + plane, second, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    if third is not None:
+        _column_sum(source + 2 * plane, third, at_m, L, M, BLOCK_L, BLOCK_M, ACC)

@@ -1,0 +1,101 @@
+"""Forward: y = activation((x - mean) * rstd * weight + bias + residual)."""
+
+from . import tl, triton
+from .statistics import combine, moments, store_statistics
+from .tiles import columns, count, load_rows, offsets, row_block, store_bits
+
+
+@triton.jit
+def finish(
+    x, mean, rstd, at, mask, y, residual, bits, weight, bias, slope, tile, row, channel, live, K, S,
+    VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative."""
+    z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
+    if residual is not None:
+        z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
+    p = load_rows(slope, channel, live, P0, ACC)
+    tl.store(y + at, VALUE(z, p, P1), mask=mask)
+    if bits is not None:
+        store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
+
+
+@triton.jit
+def persistent_forward(
+    x, y, residual, bits, statistics, weight, bias, slope, running_mean, running_var, momentum, momentum_rest,
+    G, K, S, rows, channels,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """R whole rows in registers: one read, one write. Grid (row blocks,)."""
+    a, g = row_block(tl.program_id(0), G, R)
+    k, s = columns(0, S, BLOCK_K, BLOCK_S)
+    row = a.to(tl.int64) * G + g
+    live = g < G
+    mask = live[:, None] & ((k < K) & (s < S))[None, :]
+    values = tl.load(x + offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE), mask=mask, other=0.0).to(ACC)
+    n = count(K, S, ACC)
+    mean, m2 = moments(values, mask, n)
+    rstd = store_statistics(
+        statistics, running_mean, running_var, row, live, rows, mean, m2, n,
+        momentum, momentum_rest, eps, STORE_VARIANCE,
+    )  # fmt: skip
+    at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    finish(
+        values, mean[:, None], rstd[:, None], at, mask, y, residual, bits, weight, bias, slope,
+        0, row, g % channels, live, K, S,
+        VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
+    )  # fmt: skip
+
+
+@triton.jit
+def normalize(
+    x, y, residual, bits, partials, statistics, mean, variance, weight, bias, slope,
+    running_mean, running_var, momentum, momentum_rest,
+    G, K, S, rows, channels, tiles, steps, P,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
+    ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Normalizes with statistics that are partial (and combined here), complete, or given per channel (eval).
+
+    Grid (row blocks, P). Programs and tiles run backwards: what the statistics pass read last is still in L2.
+    """
+    share = tl.num_programs(1) - 1 - tl.program_id(1)
+    a, g = row_block(tl.num_programs(0) - 1 - tl.program_id(0), G, R)
+    row = a.to(tl.int64) * G + g
+    channel = g % channels
+    live = g < G
+    if mean is not None:
+        center = tl.load(mean + channel, mask=live, other=0.0).to(ACC)
+        rstd = tl.rsqrt(tl.load(variance + channel, mask=live, other=1.0).to(ACC) + eps)
+    elif partials is not None:
+        center, m2 = combine(partials, row, live, rows, P, BLOCK_P)
+        n = count(K, S, ACC)
+        rstd = tl.rsqrt(m2 / n + eps)
+        store_statistics(
+            statistics, running_mean, running_var, row, live & (share == 0), rows, center, m2, n,
+            momentum, momentum_rest, eps, STORE_VARIANCE,
+        )  # fmt: skip
+    else:
+        center = tl.load(statistics + row, mask=live, other=0.0)
+        rstd = tl.load(statistics + rows + row, mask=live, other=0.0)
+    first = share * steps
+    last = tl.minimum(first + steps, tiles)
+    for step in range(first, last):
+        tile = first + last - 1 - step
+        k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+        mask = live[:, None] & ((k < K) & (s < S))[None, :]
+        at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        values = tl.load(x + at, mask=mask, other=0.0).to(ACC)
+        at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        finish(
+            values, center[:, None], rstd[:, None], at, mask, y, residual, bits, weight, bias, slope,
+            tile, row, channel, live, K, S,
+            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
+        )  # fmt: skip

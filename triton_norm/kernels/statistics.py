@@ -1,0 +1,114 @@
+"""Mean and centered second moment of a row.
+
+Always about the mean: two passes over a tile in registers, and Chan, Golub and LeVeque's combination (1979) across
+tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and deviation 1 in float32.
+"""
+
+from . import tl, triton
+from .tiles import columns, count, offsets, row_block
+
+
+@triton.jit
+def moments(x, live, n):
+    """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns."""
+    mean = tl.sum(x, 1) / n
+    centered = tl.where(live, x - mean[:, None], 0.0)
+    return mean, tl.sum(centered * centered, 1)
+
+
+@triton.jit
+def combine(partials, row, live, rows, P, BLOCK_P: tl.constexpr):
+    """Combines the (3, P, rows) counts, means and second moments of P programs into one mean and second moment."""
+    p = tl.arange(0, BLOCK_P)
+    at = p.to(tl.int64)[None, :] * rows + row[:, None]
+    plane = tl.full((), 1, tl.int64) * P * rows
+    mask = live[:, None] & (p < P)[None, :]
+    n = tl.load(partials + at, mask=mask, other=0.0)
+    mean = tl.load(partials + plane + at, mask=mask, other=0.0)
+    m2 = tl.load(partials + 2 * plane + at, mask=mask, other=0.0)
+    # Means are averaged as distances from the first, which keeps the digits that a large common offset would cost.
+    origin = tl.load(partials + plane + row, mask=live, other=0.0)
+    total = tl.where(live, tl.sum(n, 1), 1.0)
+    center = origin + tl.sum(n * (mean - origin[:, None]), 1) / total
+    distance = mean - center[:, None]
+    return center, tl.sum(m2 + n * distance * distance, 1)
+
+
+@triton.jit
+def update_running(running, value, channel, live, momentum, momentum_rest):
+    """running = (1 - momentum) * running + momentum * value; momentum comes in two float32 parts to keep float64."""
+    old = tl.load(running + channel, mask=live, other=0.0).to(value.dtype)
+    momentum = momentum.to(value.dtype) + momentum_rest.to(value.dtype)
+    tl.store(running + channel, old + momentum * (value - old), mask=live)
+
+
+@triton.jit
+def store_statistics(
+    statistics, running_mean, running_var, row, live, rows, mean, m2, n,
+    momentum, momentum_rest, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+):  # fmt: skip
+    """Writes mean, rstd and, on request, the unbiased variance to (2 or 3, rows), and updates running statistics.
+
+    Running statistics are given only where a row is a channel. Returns rstd.
+    """
+    rstd = tl.rsqrt(m2 / n + eps)
+    unbiased = m2 / (n - 1.0)
+    tl.store(statistics + row, mean, mask=live)
+    tl.store(statistics + rows + row, rstd, mask=live)
+    if STORE_VARIANCE:
+        tl.store(statistics + 2 * rows + row, unbiased, mask=live)
+    if running_mean is not None:
+        update_running(running_mean, mean, row, live, momentum, momentum_rest)
+    if running_var is not None:
+        update_running(running_var, unbiased, row, live, momentum, momentum_rest)
+    return rstd
+
+
+@triton.jit
+def partial_statistics(
+    x, partials,
+    G, K, S, rows, tiles, steps,
+    x_a, x_g, x_k, x_s,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P)."""
+    a, g = row_block(tl.program_id(0), G, R)
+    live = g < G
+    first = tl.program_id(1) * steps
+    n = tl.full((), 0, ACC)
+    mean = tl.zeros((R,), ACC)
+    m2 = tl.zeros((R,), ACC)
+    for tile in range(first, tl.minimum(first + steps, tiles)):
+        k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+        valid = (k < K) & (s < S)
+        mask = live[:, None] & valid[None, :]
+        at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        n_tile = tl.sum(valid.to(ACC), 0)
+        mean_tile, m2_tile = moments(tl.load(x + at, mask=mask, other=0.0).to(ACC), mask, n_tile)
+        share = n_tile / (n + n_tile)
+        delta = mean_tile - mean
+        mean += delta * share
+        m2 += m2_tile + delta * delta * n * share
+        n += n_tile
+    row = a.to(tl.int64) * G + g
+    at = tl.program_id(1).to(tl.int64) * rows + row
+    plane = tl.num_programs(1).to(tl.int64) * rows
+    tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=live)
+    tl.store(partials + plane + at, mean, mask=live)
+    tl.store(partials + 2 * plane + at, m2, mask=live)
+
+
+@triton.jit
+def finalize_statistics(
+    partials, statistics, running_mean, running_var, momentum, momentum_rest,
+    K, S, rows, P, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    R: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Combines partial statistics where there are too many for every program of the next pass to do it. Grid (rows,)."""
+    row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    live = row < rows
+    mean, m2 = combine(partials, row, live, rows, P, BLOCK_P)
+    store_statistics(
+        statistics, running_mean, running_var, row, live, rows, mean, m2, count(K, S, ACC),
+        momentum, momentum_rest, eps, STORE_VARIANCE,
+    )  # fmt: skip

@@ -1,0 +1,314 @@
+"""Allocates outputs, builds grids and launches; with ``run=False``, for fake and meta tensors, it only allocates."""
+
+import os
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import plan as planning
+from .geometry import Geometry, view
+from .kernels import backward as backward_kernels
+from .kernels import forward as forward_kernels
+from .kernels import statistics as statistics_kernels
+from .kernels.activations import ACTIVATIONS
+from .plan import Device, Plan, cdiv, power_of_2
+
+# Compiled as written whatever Triton's default: contracting a * b + c is what the accuracy tests have seen.
+OPTIONS = {"enable_fp_fusion": True}
+
+
+class Launch(NamedTuple):
+    """All of a call that depends on its shapes, strides and dtype alone: computed once, then one dictionary look-up."""
+
+    geometry: Geometry
+    plan: Plan
+    row_blocks: int
+    #: G, K, S, rows, channels
+    sizes: tuple[int, ...]
+    #: tiles, steps, splits
+    walk: tuple[int, ...]
+    #: x and y strides
+    strides: tuple[int, ...]
+    #: R, BLOCK_K, BLOCK_S
+    tile: tuple[int, ...]
+    #: The accumulation dtype for the kernels, and for torch.
+    acc: tl.dtype
+    dtype: torch.dtype
+
+
+@lru_cache
+def _device(index: int | None) -> Device:
+    if index is None:
+        # Few programs are enough in the interpreter, which runs them one after another.
+        return Device(multiprocessors=4) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
+    properties = torch.cuda.get_device_properties(index)
+    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+
+
+@lru_cache(maxsize=65536)
+def _prepare(
+    kind: str, shape: tuple, x: tuple, y: tuple, dtype: torch.dtype, backward: bool, reduce: bool, device: int | None
+) -> Launch | None:
+    geometry = view(kind, shape, x, y)
+    if geometry is None:
+        return None
+    plan = planning.choose(geometry, dtype.itemsize, backward, reduce, _device(device))
+    double = dtype == torch.float64
+    return Launch(
+        geometry,
+        plan,
+        geometry.A * cdiv(geometry.G, plan.rows),
+        (geometry.G, geometry.K, geometry.S, geometry.rows, geometry.channels),
+        (cdiv(geometry.K, plan.block_k) * cdiv(geometry.S, plan.block_s), plan.steps, plan.splits),
+        (*geometry.x, *geometry.y),
+        (plan.rows, plan.block_k, plan.block_s),
+        tl.float64 if double else tl.float32,
+        torch.float64 if double else torch.float32,
+    )
+
+
+def prepare(kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool) -> tuple[Tensor, Launch]:
+    """The launch for an input x with outputs laid out like y, and x itself, or a dense copy where no geometry fits."""
+    # torch.Size and a tuple hash alike, so nothing is converted here.
+    device = x.get_device() if x.is_cuda else None
+    found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, device)
+    if found is None:
+        x = torch.empty_like(y).copy_(x)
+        found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, device)
+    return x, found
+
+
+def _like(tensor: Tensor | None, y: Tensor) -> Tensor | None:
+    """The tensor in y's layout: all dense tensors of a call share one set of strides."""
+    if tensor is None or tensor.stride() == y.stride():
+        return tensor
+    return torch.empty_like(y, dtype=tensor.dtype).copy_(tensor)
+
+
+def _run(x: Tensor, kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            kernel[grid](*args, **constants, **OPTIONS)
+    else:
+        kernel[grid](*args, **constants, **OPTIONS)
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    kind: str,
+    momentum: float,
+    eps: float,
+    activation: str,
+    parameters: list[float],
+    keep_bits: bool,
+    run: bool = True,
+) -> list[Tensor]:
+    """Normalizes x (N, C, *spatial), not empty, over ``kind`` ("batch" or "instance").
+
+    weight, bias and slope are (C,) or None; running_mean and running_var are updated; mean and variance, (C,), stand
+    for the statistics of x where given (eval). Returns y, like x; then, unless they were given, the statistics, (2, rows)
+    of mean and rstd; then, where ``keep_bits`` asks for it and the layout allows it, one bit per element of the
+    activation's derivative.
+    """
+    y = torch.empty_like(x)
+    rows = x.shape[1] if kind == "batch" else x.shape[0] * x.shape[1]
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    # Instances share their channel's running statistics, so those are averaged from the rows' variances afterwards.
+    average = kind == "instance" and running_mean is not None
+    statistics = x.new_empty((3 if average else 2) * rows, dtype=dtype) if mean is None else None
+    size = _bits(x, y) if keep_bits else 0
+    bits = x.new_empty(size, dtype=torch.uint8) if size else None
+    if run:
+        _forward(
+            x, y, weight, bias, _like(residual, y), _per_channel(slope, x),
+            None if average else running_mean, None if average else running_var, mean, variance,
+            kind, momentum, eps, activation, parameters, statistics, bits, average,
+        )  # fmt: skip
+    if average:
+        per_instance = statistics.view(3, x.shape[0], x.shape[1]).mean(1)
+        running_mean.lerp_(per_instance[0].to(running_mean.dtype), momentum)
+        running_var.lerp_(per_instance[2].to(running_var.dtype), momentum)
+    return [tensor for tensor in (y, statistics, bits) if tensor is not None]
+
+
+def _bits(x: Tensor, y: Tensor) -> int:
+    """Bytes of one bit per element, or 0 where a row does not split into whole bytes in memory order."""
+    plane = 1
+    for size in x.shape[2:]:
+        plane *= size
+    return x.numel() // 8 if plane % 8 == 0 and x.stride() == y.stride() else 0
+
+
+def _per_channel(slope: Tensor | None, x: Tensor) -> Tensor | None:
+    """PReLU's slope as (C,) also where one slope serves all channels."""
+    return slope if slope is None or slope.numel() == x.shape[1] else slope.expand(x.shape[1]).contiguous()
+
+
+def _numbers(activation: str, parameters: list[float]) -> tuple:
+    """P0, P1 and the derivative's two levels (ON, OFF) where it has only two."""
+    levels = ACTIVATIONS[activation].levels
+    return (*parameters, None, None)[:2], (levels(*parameters) if levels else (None, None))
+
+
+def _forward(
+    x, y, weight, bias, residual, slope, running_mean, running_var, mean, variance,
+    kind, momentum, eps, activation, parameters, statistics, bits, store_variance,
+):  # fmt: skip
+    x, at = prepare(kind, x, y, backward=False, reduce=mean is None)
+    plan = at.plan
+    row = ACTIVATIONS[activation]
+    numbers, (_, off) = _numbers(activation, parameters)
+    functions = (eps, store_variance, row.value, row.derivative, *numbers, off)
+    wide = at.geometry.wide
+    # Momentum as two float32 numbers whose sum is the double: Triton passes Python floats as float32.
+    high = torch.tensor(momentum, dtype=torch.float32).item() if x.dtype == torch.float64 else momentum
+    momenta = (high, momentum - high)
+    if plan.regime == "persistent":
+        _run(
+            x, forward_kernels.persistent_forward, (at.row_blocks,),
+            x, y, residual, bits, statistics, weight, bias, slope, running_mean, running_var, *momenta,
+            *at.sizes, *at.strides, *functions, *at.tile, at.acc, wide, num_warps=plan.warps,
+        )  # fmt: skip
+        return
+    grid = (at.row_blocks, plan.splits)
+    partials = None
+    if mean is None:
+        partials = torch.empty(3 * plan.splits * at.geometry.rows, dtype=at.dtype, device=x.device)
+        G, K, S, rows, _ = at.sizes
+        _run(
+            x, statistics_kernels.partial_statistics, grid,
+            x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, at.acc, wide, num_warps=plan.warps,
+        )  # fmt: skip
+        if not plan.inline:
+            block = 8
+            _run(
+                x, statistics_kernels.finalize_statistics, (cdiv(rows, block),),
+                partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
+                eps, store_variance, block, power_of_2(plan.splits), at.acc, num_warps=4,
+            )  # fmt: skip
+            partials = running_mean = running_var = None
+    _run(
+        x, forward_kernels.normalize, grid,
+        x, y, residual, bits, partials, statistics, mean, variance, weight, bias, slope,
+        running_mean, running_var, *momenta, *at.sizes, *at.walk, *at.strides,
+        *functions, *at.tile, power_of_2(plan.splits), at.acc, wide, num_warps=plan.warps,
+    )  # fmt: skip
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    slope: Tensor | None,
+    mean: Tensor | None,
+    variance: Tensor | None,
+    statistics: Tensor | None,
+    bits: Tensor | None,
+    kind: str,
+    eps: float,
+    activation: str,
+    parameters: list[float],
+    wanted: list[bool],
+    run: bool = True,
+) -> list[Tensor]:
+    """Those gradients of x, weight, bias, residual and slope that are ``wanted``, in this order.
+
+    Takes what ``forward`` took and returned; residual is needed only where the activation's derivative depends on it
+    and there are no bits. Without an activation the residual's gradient is dy, which nobody needs to ask for.
+    """
+    like_y = torch.empty_like(x)
+    templates = (like_y, weight, bias, like_y, x.new_empty(x.shape[1], dtype=slope.dtype) if wanted[4] else None)
+    outputs = [
+        torch.empty_like(template) if want else None for template, want in zip(templates, wanted, strict=True)
+    ]
+    if run:
+        _backward(
+            _like(dy, like_y), x, like_y, weight, bias, _like(residual, like_y), _per_channel(slope, x),
+            mean, variance, statistics, bits, kind, eps, activation, parameters, *outputs,
+        )  # fmt: skip
+    if wanted[4] and slope.numel() != x.shape[1]:
+        outputs[4] = outputs[4].sum(0, keepdim=True)
+    return [output for output in outputs if output is not None]
+
+
+def _backward(
+    dy, x, like_y, weight, bias, residual, slope, mean, variance, statistics, bits, kind, eps, activation, parameters,
+    dx, dweight, dbias, dresidual, dslope,
+):  # fmt: skip
+    x, at = prepare(kind, x, like_y, backward=True, reduce=mean is None)
+    plan, rows = at.plan, at.geometry.rows
+    numbers, levels = _numbers(activation, parameters)
+    functions = (ACTIVATIONS[activation].derivative, *numbers, *levels)
+    wide = at.geometry.wide
+    parameter_gradients = dweight is not None or dbias is not None or dslope is not None
+    planes = 2 if slope is None else 3
+    if plan.regime == "persistent":
+        sums = torch.empty(planes * rows, dtype=at.dtype, device=x.device) if parameter_gradients else None
+        splits = 1
+        _run(
+            x, backward_kernels.persistent_backward, (at.row_blocks,),
+            x, dy, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
+            *at.sizes, *at.strides, *functions, *at.tile, at.acc, wide, num_warps=plan.warps,
+        )  # fmt: skip
+    else:
+        splits = plan.splits
+        grid = (at.row_blocks, splits)
+        given = mean is not None
+        sums = None
+        if parameter_gradients or not given:
+            sums = torch.empty(planes * splits * rows, dtype=at.dtype, device=x.device)
+
+        def run(dx, dresidual, earlier, partials, splits):
+            _run(
+                x, backward_kernels.gradient, grid,
+                x, dy, dx, dresidual, residual, bits, statistics, mean, variance, earlier, partials,
+                weight, bias, slope, *at.sizes, *at.walk[:2], splits, *at.strides, eps, *functions,
+                *at.tile, power_of_2(splits), at.acc, wide, num_warps=plan.warps,
+            )  # fmt: skip
+
+        if given:
+            run(dx, dresidual, None, sums, splits)
+        else:
+            run(None, None, None, sums, splits)
+            if dx is not None and not plan.inline:
+                partials, sums = sums, torch.empty(planes * rows, dtype=at.dtype, device=x.device)
+                outputs = [sums[q * rows : (q + 1) * rows] if q < planes else None for q in range(3)]
+                _column_sums(x, partials, outputs, splits, rows, at.acc)
+                splits = 1
+            if dx is not None or dresidual is not None:
+                run(dx, dresidual, sums, None, splits)
+    if parameter_gradients:
+        channels = at.geometry.channels
+        _column_sums(x, sums, (dweight, dbias, dslope), splits * rows // channels, channels, at.acc)
+
+
+def _column_sums(x, source, outputs, length, width, acc) -> None:
+    block_m = min(power_of_2(width), 16)
+    block_l = min(power_of_2(length), 2048 // block_m)
+    _run(
+        x, backward_kernels.column_sums, (cdiv(width, block_m),),
+        source, *outputs, length, width, block_l, block_m, acc, num_warps=4,
+    )  # fmt: skip
+
+
+def unpack_bits(bits: Tensor, x: Tensor, kind: str) -> Tensor:
+    """The bits that ``forward`` kept, as a boolean tensor of x's shape."""
+    y = torch.empty_like(x, dtype=torch.bool)
+    geometry = view(kind, tuple(x.shape), x.stride(), y.stride())
+    sizes = (geometry.A, geometry.G, geometry.K, geometry.S)
+    on = bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
+    y.as_strided(sizes, geometry.y).copy_(on.view(sizes))
+    return y
