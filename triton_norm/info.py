@@ -1,14 +1,15 @@
 """What runs here: versions, devices, the backend in force and why. ``python -m triton_norm info``."""
 
 import argparse
-import importlib.metadata
 import os
 import platform
 
 import torch
 
-from .kernels import AVAILABLE as TRITON_AVAILABLE
-from .kernels import triton
+import triton_norm
+
+from . import functional
+from .kernels import AVAILABLE, triton
 
 NAME = "info"
 SUMMARY = "show versions, devices, the backend in force and where caches are"
@@ -19,19 +20,11 @@ class UserError(Exception):
     """Something the user can put right: shown as one line, without a traceback."""
 
 
-def version(distribution: str) -> str:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
-
-
 def versions() -> dict[str, str]:
-    # torch knows its local version (+cpu, +cu130) best, Triton need not be there at all.
     return {
-        "triton_norm": version("triton-norm"),
+        "triton_norm": triton_norm.__version__,
         "torch": torch.__version__,
-        "triton": triton.__version__ if TRITON_AVAILABLE else "not installed",
+        "triton": triton.__version__ if AVAILABLE else "not installed",
         "Python": platform.python_version(),
     }
 
@@ -47,26 +40,13 @@ def device_name(device: torch.device) -> str:
     return f"{properties.name} ({detail}, {properties.total_memory / 2**30:.0f} GiB)"
 
 
-def interpreted() -> bool:
-    return TRITON_AVAILABLE and bool(triton.knobs.runtime.interpret)
-
-
 def backend(device: torch.device) -> str:
     """``"torch"``, ``"triton"`` or ``"interpreter"``: what a call on tensors of this device runs."""
-    forced = os.environ.get("TRITON_NORM_BACKEND", "")
-    if forced not in ("", "torch", "triton"):
-        raise UserError(f"TRITON_NORM_BACKEND is {forced!r}: expected 'torch' or 'triton', or unset")
-    if forced == "torch":
-        return "torch"
-    if forced == "triton" and not TRITON_AVAILABLE:
-        raise UserError("TRITON_NORM_BACKEND is 'triton', but Triton is not installed")
-    if interpreted():
-        return "interpreter"
-    if device.type == "cuda":
-        return "triton" if TRITON_AVAILABLE else "torch"
-    if forced == "triton":
-        raise UserError("TRITON_NORM_BACKEND is 'triton': for CPU tensors that also needs TRITON_INTERPRET=1")
-    return "torch"
+    try:
+        choice = functional._backend(torch.empty(0, device=device))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(str(error)) from error
+    return "interpreter" if choice == "triton" and functional._INTERPRETED else choice
 
 
 BACKENDS = {
@@ -101,7 +81,7 @@ def rows() -> list[tuple[str, str]]:
     lines.append(("decided by", _environment("TRITON_NORM_BACKEND")))
     lines.append(("", _environment("TRITON_INTERPRET")))
     lines.append(("", ""))
-    if TRITON_AVAILABLE:
+    if AVAILABLE:
         lines.append(("compiled kernels", str(triton.knobs.cache.dir)))
     else:
         lines.append(("compiled kernels", "no cache: Triton is not installed"))

@@ -50,16 +50,16 @@ def draw(photograph: torch.Tensor, plain: torch.Tensor, fused: torch.Tensor, tit
     channel = _most_telling(plain)
     difference = (fused - plain).abs()
     maps = plain[channel].numpy(), fused[channel].numpy(), difference[channel].numpy()
-    figure = Figure(figsize=(13.6, 4.3), dpi=150, layout="constrained")
+    figure = Figure(figsize=(13.6, 4.05), dpi=150, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.02)
     axes = figure.subplots(1, 4)
     axes[0].imshow(((photograph.detach()[0].permute(1, 2, 0) + 1) / 2).clamp(0, 1).numpy())
     axes[0].set_title("photograph")
-    brightest = max(float(maps[0].max()), float(maps[1].max()))
+    brightest = float(np.quantile(maps[0], 0.998)) or 1.0  # a few sparks would leave the rest dark
     for axis, values, name in zip(axes[1:3], maps[:2], ("plain PyTorch", "triton_norm, fused"), strict=True):
         shown = axis.imshow(values, cmap="magma", vmin=0, vmax=brightest)
-        axis.set_title(f"{name}\nchannel {channel}", loc="center")
-    figure.colorbar(shown, ax=axes[2], fraction=0.046, pad=0.03)
+        axis.set_title(f"{name}\nchannel {channel}")
+    figure.colorbar(shown, ax=axes[2], fraction=0.046, pad=0.03, extend="max")
     largest = float(maps[2].max())
     # An all-zero map needs some range for its colour bar.
     shown = axes[3].imshow(maps[2], cmap="viridis", vmin=0, vmax=largest or 1.0)
