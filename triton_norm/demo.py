@@ -242,14 +242,14 @@ def measure(photograph: torch.Tensor, device: torch.device, dtype: torch.dtype, 
 
 
 def report(outcome: Outcome, backend: str) -> None:
-    own = compare(outcome.exact, outcome.plain)
+    rounding = compare(outcome.exact, outcome.plain)
     lines = [
-        (d.name, f"{d.largest:.2e}", f"{d.relative:.2e}", f"{d.rms:.2e}", f"{rounding.rms:.2e}")
-        for d, rounding in zip(compare(outcome.plain, outcome.fused), own, strict=True)
+        (d.name, f"{d.largest:.2e}", f"{d.relative:.2e}", f"{d.rms:.2e}", f"{own.rms:.2e}")
+        for d, own in zip(compare(outcome.plain, outcome.fused), rounding, strict=True)
     ]
-    print("Largest difference between triton_norm and plain PyTorch: absolute, and relative to the largest value.")
-    print("Root mean square difference, relative; and that of plain PyTorch itself from float64.\n")
-    print(table(("", "largest", "relative", "rms", "plain/float64"), lines) + "\n")
+    print("Difference between triton_norm and plain PyTorch: the largest, that relative to the largest value, and the")
+    print("relative root mean square. For scale, the last column: plain PyTorch in this dtype against float64.\n")
+    print(table(("", "largest", "relative", "rms", "PyTorch's own rms"), lines) + "\n")
     columns = ("", "forward", "forward + backward")
     print(f"Median time of {outcome.rounds} runs" if outcome.rounds > 1 else "Time of one run")
     print(table(columns, outcome.times) + "\n")
