@@ -37,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.run(arguments)
     except info.UserError as error:
         arguments.command.error(str(error))
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":
