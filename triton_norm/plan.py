@@ -97,5 +97,7 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
 
 
 def _warps(elements: int, per_thread: int, device: Device) -> int:
-    threads = min(max(power_of_2(elements // per_thread), device.warp_size), 1024)
+    # At 512 threads a thread may use 128 registers, at 1024 only 64: the same file, but each thread's own overhead of
+    # indices and addresses counts half.
+    threads = min(max(power_of_2(elements // per_thread), device.warp_size), 512)
     return max(threads // device.warp_size, 1)

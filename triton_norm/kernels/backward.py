@@ -30,10 +30,12 @@ def upstream(
         z = (values - mean) * (rstd * w) + load_rows(bias, channel, live, 0.0, ACC)
         if residual is not None:
             z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
-        p = load_rows(slope, channel, live, P0, ACC)
-        ds = d
         if slope is not None:
+            p = load_rows(slope, channel, live, 0.0, ACC)
             ds = d * tl.where(z > 0, 0.0, z)
+        else:
+            p = P0
+            ds = d
         return normalized, d * DERIVATIVE(z, p, P1), ds
 
 
@@ -78,6 +80,14 @@ def persistent_backward(
 
 
 @triton.jit
+def _row_mean(sums, row, live, rows, P, n, BLOCK_P: tl.constexpr):
+    """A row's mean as (R, 1), from the (P, rows) sums of the programs that shared it."""
+    p = tl.arange(0, BLOCK_P)
+    at = p.to(tl.int64)[None, :] * rows + row[:, None]
+    return (tl.sum(tl.load(sums + at, mask=live[:, None] & (p < P)[None, :], other=0.0), 1) / n)[:, None]
+
+
+@triton.jit
 def gradient(
     x, dy, dx, dresidual, residual, bits, statistics, mean, variance, sums, partials, weight, bias, slope,
     G, K, S, rows, channels, tiles, steps, P,
@@ -110,13 +120,9 @@ def gradient(
         center = tl.load(statistics + row, mask=live, other=0.0)[:, None]
         rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
     if sums is not None:
-        p = tl.arange(0, BLOCK_P)
-        at = p.to(tl.int64)[None, :] * rows + row[:, None]
-        mask = live[:, None] & (p < P)[None, :]
         n = count(K, S, ACC)
-        mean_dzx = (tl.sum(tl.load(sums + at, mask=mask, other=0.0), 1) / n)[:, None]
-        at += tl.full((), 1, tl.int64) * P * rows
-        mean_dz = (tl.sum(tl.load(sums + at, mask=mask, other=0.0), 1) / n)[:, None]
+        mean_dzx = _row_mean(sums, row, live, rows, P, n, BLOCK_P)
+        mean_dz = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
     if partials is not None:
         sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)

@@ -15,7 +15,10 @@ def finish(
     z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
     if residual is not None:
         z += tl.load(residual + at, mask=mask, other=0.0).to(ACC)
-    p = load_rows(slope, channel, live, P0, ACC)
+    if slope is not None:
+        p = load_rows(slope, channel, live, 0.0, ACC)
+    else:
+        p = P0
     tl.store(y + at, VALUE(z, p, P1), mask=mask)
     if bits is not None:
         store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
@@ -78,10 +81,11 @@ def normalize(
         center, m2 = combine(partials, row, live, rows, P, BLOCK_P)
         n = count(K, S, ACC)
         rstd = tl.rsqrt(m2 / n + eps)
-        store_statistics(
-            statistics, running_mean, running_var, row, live & (share == 0), rows, center, m2, n,
-            momentum, momentum_rest, eps, STORE_VARIANCE,
-        )  # fmt: skip
+        if share == 0:
+            store_statistics(
+                statistics, running_mean, running_var, row, live, rows, center, m2, n,
+                momentum, momentum_rest, eps, STORE_VARIANCE,
+            )  # fmt: skip
     else:
         center = tl.load(statistics + row, mask=live, other=0.0)
         rstd = tl.load(statistics + rows + row, mask=live, other=0.0)

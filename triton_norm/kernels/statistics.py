@@ -38,8 +38,8 @@ def combine(partials, row, live, rows, P, BLOCK_P: tl.constexpr):
 def update_running(running, value, channel, live, momentum, momentum_rest):
     """running = (1 - momentum) * running + momentum * value; momentum comes in two float32 parts to keep float64."""
     old = tl.load(running + channel, mask=live, other=0.0).to(value.dtype)
-    momentum = momentum.to(value.dtype) + momentum_rest.to(value.dtype)
-    tl.store(running + channel, old + momentum * (value - old), mask=live)
+    share = tl.full((), momentum, value.dtype) + tl.full((), momentum_rest, value.dtype)
+    tl.store(running + channel, old + share * (value - old), mask=live)
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""Measurements: bytes and launches in the interpreter, compiled code offline, times on a GPU."""

@@ -1,0 +1,140 @@
+"""Compiles the kernels for a GPU that is not there, and reads what the compiler made of them.
+
+A stub driver names the target and its launches do nothing, so the package's own launch code runs unchanged: what is
+compiled is exactly what it would launch for these shapes, strides and dtypes. ``TRITON_INTERPRET`` must not be set.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from triton_norm import launch
+from triton_norm.plan import Device
+
+#: Name, target, and the multiprocessors of a typical card.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Device(108, 32)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Device(132, 32)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Device(148, 32)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Device(304, 64)),
+}
+
+
+class StubDriver:
+    """Just enough of a Triton driver to compile for a target. Each target has a device number, hence its own cache."""
+
+    def __init__(self, name: str):
+        self.target = TARGETS[name][0]
+        self.device = list(TARGETS).index(name)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel. Registers are per thread; widths are of single memory instructions, in bits."""
+
+    kernel: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+@contextmanager
+def compiling(target: str) -> Iterator[list[Report]]:
+    """Inside the block every launch is compiled for ``target``, not run, and reported.
+
+    The stub driver stays active afterwards: a process that compiles offline is not one that runs kernels.
+    """
+    reports: list[Report] = []
+
+    def compile_only(x, kernel, grid, *args, **constants):
+        compiled = kernel.warmup(*args, grid=grid, **constants, **launch.OPTIONS)
+        reports.append(inspect(compiled))
+
+    triton.runtime.driver.set_active(StubDriver(target))
+    launch._prepare.cache_clear()
+    try:
+        with (
+            mock.patch.object(launch, "_run", compile_only),
+            mock.patch.object(launch, "_device", lambda index: TARGETS[target][1]),
+        ):
+            yield reports
+    finally:
+        launch._prepare.cache_clear()
+
+
+def inspect(compiled) -> Report:
+    """Registers, spills and access widths of a compiled kernel."""
+    metadata = compiled.metadata
+    if "cubin" in compiled.asm:
+        registers, spills, loads, stores = _inspect_cuda(compiled.asm["cubin"])
+    else:
+        registers, spills, loads, stores = _inspect_hip(compiled.asm["amdgcn"])
+    return Report(metadata.name, metadata.num_warps, registers, spills, metadata.shared, loads, stores)
+
+
+@functools.cache
+def _tool(name: str) -> str:
+    """cuobjdump and nvdisasm come inside Triton's wheel."""
+    (path,) = Path(triton.__file__).parent.rglob(f"bin/{name}")
+    return str(path)
+
+
+def _inspect_cuda(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run(
+            [_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+        sass = subprocess.run([_tool("nvdisasm"), file.name], check=True, capture_output=True, text=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    # Spilled values live on the stack (local memory), which these kernels use for nothing else.
+    spills = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
+    return registers, spills, _sass_widths(sass, "LDG"), _sass_widths(sass, "STG")
+
+
+def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
+    widths: dict[int, int] = {}
+    for modifiers in re.findall(rf"\b{instruction}\.E([.\w]*)", sass):
+        bits = re.search(r"\.(?:U|S)?(8|16|64|128)\b", modifiers)
+        width = int(bits[1]) if bits else 32
+        widths[width] = widths.get(width, 0) + 1
+    return widths
+
+
+def _inspect_hip(assembly: str) -> tuple[int, int, dict[int, int], dict[int, int]]:
+    def field(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    return (
+        field("vgpr_count"), field("vgpr_spill_count"), _hip_widths(assembly, "load"), _hip_widths(assembly, "store")
+    )  # fmt: skip
+
+
+def _hip_widths(assembly: str, direction: str) -> dict[int, int]:
+    names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
+    widths: dict[int, int] = {}
+    for name in re.findall(rf"\b(?:global|buffer|flat)_{direction}_(dwordx\d|dword|u?short|u?byte)", assembly):
+        widths[names[name]] = widths.get(names[name], 0) + 1
+    return widths
