@@ -24,7 +24,6 @@ def build_parser() -> Parser:
             module.NAME,
             help=summary,
             description=f"{summary[0].upper()}{summary[1:]}. {module.DETAILS}",
-            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         module.add_arguments(command)
         command.set_defaults(run=module.run, command=command)
