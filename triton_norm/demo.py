@@ -288,7 +288,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(", ".join(f"{package} {version}" for package, version in info.versions().items()))
     print(f"on {where}")
     channels = " -> ".join(map(str, WIDTHS))
-    print(f"{image.name}, {size} x {size}, {arguments.dtype}; three ConvBlocks, {channels} channels\n")
+    print(f"{image.name}, {size} x {size}, {arguments.dtype}; three ConvBlocks, {channels} channels\n", flush=True)
     try:
         outcome = measure(photograph, device, dtype, backend)
     except torch.OutOfMemoryError as error:
