@@ -133,7 +133,8 @@ def _inspect_hip(assembly: str) -> tuple[int, int, dict[int, int], dict[int, int
 
 
 def _hip_widths(assembly: str, direction: str) -> dict[int, int]:
-    names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
+    names = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32}
+    names |= {"short": 16, "ushort": 16, "byte": 8, "ubyte": 8}
     widths: dict[int, int] = {}
     for name in re.findall(rf"\b(?:global|buffer|flat)_{direction}_(dwordx\d|dword|u?short|u?byte)", assembly):
         widths[names[name]] = widths.get(names[name], 0) + 1

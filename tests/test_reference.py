@@ -61,3 +61,14 @@ def test_dtype_of_the_result(kind):
     x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
     y = reference.normalize(x, None, None, None, None, None, kind, True, 0.1, 1e-5, lambda z: z.float())
     assert y.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_instance_norm_takes_a_channels_last_gradient(samples, memory_format):
+    """torch 2.13's own instance_norm does not, for one sample on the CPU."""
+    x = torch.randn(samples, 3, 4, 5, dtype=torch.float64).contiguous(memory_format=memory_format).requires_grad_()
+    dy = torch.randn_like(x).contiguous(memory_format=torch.channels_last)
+    y = reference.normalize(x, None, None, None, None, None, "instance", True, 0.1, 1e-5, torch.relu)
+    want = reference.formula(x, None, None, None, None, None, "instance", True, 1e-5, torch.relu)
+    torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(want, x, dy))

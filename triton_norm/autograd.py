@@ -20,7 +20,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _define(name: str, signature: str, function: Any) -> Any:
-    _library.define(f"{name}({signature}) -> Tensor[]")
+    _library.define(f"{name}{signature}")
     for key in ("CPU", "CUDA"):
         _library.impl(name, function, key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", partial(function, run=False), lib=_library)
@@ -29,16 +29,16 @@ def _define(name: str, signature: str, function: Any) -> Any:
 
 _forward = _define(
     "forward",
-    "Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
+    "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? mean, Tensor? variance, str kind, float momentum, float eps, "
-    "str activation, float[] parameters, bool keep_bits",
+    "str activation, float[] parameters, bool keep_bits) -> (Tensor, Tensor, Tensor)",
     launch.forward,
 )
 _backward = _define(
     "backward",
-    "Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, "
+    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, "
     "Tensor? variance, Tensor? statistics, Tensor? bits, str kind, float eps, str activation, float[] parameters, "
-    "bool[] wanted",
+    "bool[] wanted) -> Tensor[]",
     launch.backward,
 )
 
@@ -77,26 +77,23 @@ class _Normalize(torch.autograd.Function):
         kind, momentum, eps, activation, parameters,
     ):  # fmt: skip
         keep_bits = residual is not None and ACTIVATIONS[activation].levels is not None
-        y, *rest = _forward(
+        return _forward(
             x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
             kind, momentum, eps, activation, parameters, keep_bits,
         )  # fmt: skip
-        statistics = rest.pop(0) if mean is None else None
-        return y, statistics, rest[0] if rest else None
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         x, weight, bias, residual, slope, _, _, mean, variance, kind, _, eps, activation, parameters = inputs
         _, statistics, bits = output
-        ctx.mark_non_differentiable(*(t for t in (statistics, bits) if t is not None))
+        ctx.mark_non_differentiable(statistics, bits)
         ctx.set_materialize_grads(False)
+        bits = bits if bits.numel() else None
         # What z is not recomputed from is not kept alive.
         depends_on_z = activation != "identity" and bits is None
         if not depends_on_z:
             residual = None
-        ctx.save_for_backward(
-            x, weight, bias, residual, slope, mean, variance, statistics, bits
-        )
+        ctx.save_for_backward(x, weight, bias, residual, slope, mean, variance, statistics, bits)
         ctx.constants = (kind, eps, activation, parameters)
 
     @staticmethod
@@ -119,6 +116,16 @@ def _spread(found: tuple, wanted: list[bool]) -> list:
     """One entry per wanted flag from those found for the flags that are set."""
     remaining = iter(found)
     return [next(remaining) if want else None for want in wanted]
+
+
+def _fresh(t: Tensor | None) -> Tensor | None:
+    """A node of its own: dy may depend on x, and the first derivatives must not be followed that far.
+
+    It requires a gradient even if t does not, so that those first derivatives exist for every input.
+    """
+    if t is None:
+        return None
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 class _NormalizeBackward(torch.autograd.Function):
@@ -155,15 +162,11 @@ class _NormalizeBackward(torch.autograd.Function):
                     return z * side.to(z.dtype)
             else:
                 activation = None
-            # Leaves of their own where no gradient is asked for, so that the first derivatives exist for every input.
-            inputs = [
-                t if t is None or t.requires_grad else t.detach().requires_grad_()
-                for t in (x, weight, bias, residual, slope)
-            ]
+            dy, *inputs = [_fresh(t) for t in (dy, x, weight, bias, residual, slope)]
             x, weight, bias, residual, slope = inputs
-            dy = dy if dy.requires_grad else dy.detach().requires_grad_()
             if activation is None:
-                activation = Resolved(ctx.activation, ctx.parameters, slope)
+                wide = None if slope is None else slope.to(torch.promote_types(x.dtype, torch.float32))
+                activation = Resolved(ctx.activation, ctx.parameters, wide)
             y = reference.formula(
                 x, weight, bias, residual, mean, variance, ctx.kind, mean is None, ctx.eps, activation
             )

@@ -51,7 +51,14 @@ def _device(index: int | None) -> Device:
 
 @lru_cache(maxsize=65536)
 def _prepare(
-    kind: str, shape: tuple, x: tuple, y: tuple, dtype: torch.dtype, backward: bool, reduce: bool, extra: str,
+    kind: str,
+    shape: tuple,
+    x: tuple,
+    y: tuple,
+    dtype: torch.dtype,
+    backward: bool,
+    reduce: bool,
+    extra: str,
     device: int | None,
 ) -> Launch | None:
     geometry = view(kind, shape, x, y)
@@ -117,33 +124,33 @@ def forward(
     parameters: list[float],
     keep_bits: bool,
     run: bool = True,
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalizes x (N, C, *spatial), not empty, over ``kind`` ("batch" or "instance").
 
     weight, bias and slope are (C,) or None; running_mean and running_var are updated; mean and variance, (C,), stand
-    for the statistics of x where given (eval). Returns y, like x; then, unless they were given, the statistics, (2, rows)
-    of mean and rstd; then, where ``keep_bits`` asks for it and the layout allows it, one bit per element of the
-    activation's derivative.
+    for the statistics of x where given (eval). Returns y, like x; the statistics, (2, rows) of mean and rstd; and one
+    bit per element of the activation's derivative. The last two are empty where statistics are given, and where bits
+    are not asked for with ``keep_bits`` or the layout does not allow them.
     """
     y = torch.empty_like(x)
     rows = x.shape[1] if kind == "batch" else x.shape[0] * x.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Instances share their channel's running statistics, so those are averaged from the rows' variances afterwards.
     average = kind == "instance" and running_mean is not None
-    statistics = x.new_empty((3 if average else 2) * rows, dtype=dtype) if mean is None else None
-    size = _bits(x, y) if keep_bits else 0
-    bits = x.new_empty(size, dtype=torch.uint8) if size else None
+    statistics = x.new_empty(0 if mean is not None else (3 if average else 2) * rows, dtype=dtype)
+    bits = x.new_empty(_bits(x, y) if keep_bits else 0, dtype=torch.uint8)
     if run:
         _forward(
             x, y, weight, bias, _like(residual, y), _per_channel(slope, x),
             None if average else running_mean, None if average else running_var, mean, variance,
-            kind, momentum, eps, activation, parameters, statistics, bits, average,
+            kind, momentum, eps, activation, parameters,
+            statistics, bits if bits.numel() else None, average,
         )  # fmt: skip
     if average:
         per_instance = statistics.view(3, x.shape[0], x.shape[1]).mean(1)
         running_mean.lerp_(per_instance[0].to(running_mean.dtype), momentum)
         running_var.lerp_(per_instance[2].to(running_var.dtype), momentum)
-    return [tensor for tensor in (y, statistics, bits) if tensor is not None]
+    return y, statistics, bits
 
 
 def _bits(x: Tensor, y: Tensor) -> int:
@@ -234,9 +241,7 @@ def backward(
     """
     like_y = torch.empty_like(x)
     templates = (like_y, weight, bias, like_y, x.new_empty(x.shape[1], dtype=slope.dtype) if wanted[4] else None)
-    outputs = [
-        torch.empty_like(template) if want else None for template, want in zip(templates, wanted, strict=True)
-    ]
+    outputs = [torch.empty_like(template) if want else None for template, want in zip(templates, wanted, strict=True)]
     if run:
         _backward(
             _like(dy, like_y), x, like_y, weight, bias, _like(residual, like_y), _per_channel(slope, x),

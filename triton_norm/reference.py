@@ -34,6 +34,10 @@ def normalize(
 
     The result has x's dtype and memory format. ``activation`` is called with a tensor of x's dtype.
     """
+    if kind == "instance" and x.shape[0] == 1:
+        # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
+        # output comes in channels_last.
+        kind = "batch"
     if all(p is None or p.dim() == 1 for p in (weight, bias)):
         y = NORMS[kind](x, running_mean, running_var, weight, bias, use_stats, momentum, eps)
         return finish(y, x, None, None, residual, activation)

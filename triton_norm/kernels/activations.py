@@ -2,7 +2,7 @@
 
 Both functions take ``(z, a, b)``: z in the accumulation dtype, a and b the activation's parameters (compile-time
 numbers, or for PReLU the learnable slope as a tensor that broadcasts against z). Comparisons are written so that
-NaN is passed on, and branches that are not taken never overflow. To add an activation, add its two functions and its row.
+NaN is passed on, and branches that are not taken never overflow. To add an activation, add its functions and its row.
 """
 
 from collections.abc import Callable
@@ -271,12 +271,20 @@ ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(identity, one, lambda z: z),
     "relu": Activation(relu, relu_derivative, F.relu, nn.ReLU, levels=_on_off),
     "relu6": Activation(
-        hardtanh, hardtanh_derivative, F.hardtanh, nn.ReLU6,
-        parameters=(("min_val", 0.0), ("max_val", 6.0)), levels=_on_off,
+        hardtanh,
+        hardtanh_derivative,
+        F.hardtanh,
+        nn.ReLU6,
+        parameters=(("min_val", 0.0), ("max_val", 6.0)),
+        levels=_on_off,
     ),
     "leaky_relu": Activation(
-        leaky_relu, leaky_relu_derivative, F.leaky_relu, nn.LeakyReLU,
-        parameters=(("negative_slope", 0.01),), levels=lambda slope: (1.0, slope),
+        leaky_relu,
+        leaky_relu_derivative,
+        F.leaky_relu,
+        nn.LeakyReLU,
+        parameters=(("negative_slope", 0.01),),
+        levels=lambda slope: (1.0, slope),
     ),
     "elu": Activation(elu, elu_derivative, F.elu, nn.ELU, parameters=(("alpha", 1.0),)),
     "celu": Activation(celu, celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
@@ -294,8 +302,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "logsigmoid": Activation(logsigmoid, logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
     "tanh": Activation(tanh, tanh_derivative, torch.tanh, nn.Tanh),
     "hardtanh": Activation(
-        hardtanh, hardtanh_derivative, F.hardtanh, nn.Hardtanh,
-        parameters=(("min_val", -1.0), ("max_val", 1.0)), levels=_on_off,
+        hardtanh,
+        hardtanh_derivative,
+        F.hardtanh,
+        nn.Hardtanh,
+        parameters=(("min_val", -1.0), ("max_val", 1.0)),
+        levels=_on_off,
     ),
     "hardswish": Activation(hardswish, hardswish_derivative, F.hardswish, nn.Hardswish),
     "hardsigmoid": Activation(

@@ -49,8 +49,8 @@ def persistent_backward(
     G, K, S, rows, channels,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
-    FOLDED: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)

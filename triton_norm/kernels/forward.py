@@ -31,7 +31,8 @@ def persistent_forward(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: one read, one write. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)

@@ -69,7 +69,8 @@ def partial_statistics(
     x, partials,
     G, K, S, rows, tiles, steps,
     x_a, x_g, x_k, x_s,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P)."""
     a, g = row_block(tl.program_id(0), G, R)
@@ -103,7 +104,7 @@ def finalize_statistics(
     K, S, rows, P, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     R: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Combines partial statistics where there are too many for every program of the next pass to do it. Grid (rows,)."""
+    """Combines partial statistics where they are too many for every program of the next pass. Grid (row blocks,)."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     live = row < rows
     mean, m2 = combine(partials, row, live, rows, P, BLOCK_P)

@@ -26,8 +26,8 @@ def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
 def offsets(a, g, k, s, stride_a, stride_g, stride_k, stride_s, WIDE: tl.constexpr):
     """Offsets of rows (R, 1), and of columns in k and in s, both (1, C): to be added to a pointer one after the other.
 
-    Kept apart so that what waits in registers for a later store is a few 32-bit numbers, which repeat along the tile, and
-    not a 64-bit address per element: that decides whether long channels_last rows spill.
+    Kept apart so that what waits in registers for a later store is a few 32-bit numbers, which repeat along the tile,
+    and not a 64-bit address per element: that decides whether long channels_last rows spill.
     """
     if WIDE:
         k = k.to(tl.int64)
