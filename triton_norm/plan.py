@@ -104,7 +104,7 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
         free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)
         return 2 * FULL_TILE if free else FULL_TILE
     if geometry.transposed:
-        # One row per program has its offsets folded (by whole bytes of bits); several rows leave no room for an operand.
+        # One row per program has its offsets folded (by whole bytes of bits); several leave no room for an operand.
         fits = extra == "none" or (extra == "bits" and itemsize == 2 and columns == FULL_TILE)
         return FULL_TILE if fits and geometry.S % 32 == 0 else FULL_TILE // 2
     return FULL_TILE if extra == "none" or (itemsize == 2 and aligned) else FULL_TILE // 2
