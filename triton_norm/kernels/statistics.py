@@ -9,11 +9,21 @@ from .tiles import columns, count, offsets, row_block, tile_mask
 
 
 @triton.jit
-def moments(x, live, n):
-    """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns."""
+def moments(x, live, n, CORRECT: tl.constexpr):
+    """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns.
+
+    CORRECT takes back the rounding of the mean, which matters where it is large against the deviation: the corrected
+    two-pass algorithm of Chan, Golub and LeVeque (1983).
+    """
     mean = tl.sum(x, 1) / n
     centered = tl.where(live, x - mean[:, None], 0.0)
-    return mean, tl.sum(centered * centered, 1)
+    m2 = tl.sum(centered * centered, 1)
+    if CORRECT:
+        rest = tl.sum(centered, 1) / n
+        m2 -= n * rest * rest
+        return mean + rest, tl.where(m2 < 0, 0.0, m2)
+    else:
+        return mean, m2
 
 
 @triton.jit
@@ -91,7 +101,7 @@ def partial_statistics(
         row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
         n_tile = tl.sum(((k < K) & (s < S)).to(ACC), 0)
         values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        mean_tile, m2_tile = moments(tl.where(mask, values - anchor, 0.0), mask, n_tile)
+        mean_tile, m2_tile = moments(tl.where(mask, values - anchor, 0.0), mask, n_tile, False)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share
