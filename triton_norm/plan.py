@@ -79,7 +79,7 @@ def choose(
             scattered = geometry.transposed or not _vectorizes(geometry, itemsize)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             threads = 256 if backward and scattered and elements == FULL_TILE else 512
-            warps = _warps(elements, 16 if backward or geometry.padded else 32, threads, device)
+            warps = _warps(elements, _per_thread(geometry, backward), threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
             folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
             fold = 4 if folds else 1
@@ -136,8 +136,13 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    warps = _warps(rows * block_k * block_s, 16 if backward or geometry.padded else 32, 512, device)
+    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward), 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
+
+
+def _per_thread(geometry: Geometry, backward: bool) -> int:
+    """Elements per thread: half in a backward pass, which holds two tensors, half for the places of a padded one."""
+    return 32 // (2 if backward else 1) // (2 if geometry.padded else 1)
 
 
 def _warps(elements: int, per_thread: int, most: int, device: Device) -> int:
