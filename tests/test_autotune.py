@@ -18,12 +18,12 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_norm as tn
-from triton_norm import autotune, candidates, launch, measure, table
+from triton_norm import autotune, candidates, launch, measure, table, tune
 from triton_norm.autotune import Problem
 from triton_norm.candidates import HOPELESS, Work, cost
 from triton_norm.geometry import view
 from triton_norm.plan import Device, Plan
-from triton_norm.shapes import SHAPES
+from triton_norm.shapes import SHAPES, Case
 
 TARGET = "Test GPU sm_00, triton 0.0"
 
@@ -551,7 +551,7 @@ def stopwatch(monkeypatch):
     def seconds(call):
         call()
         calls.append(measure.trial.plan)
-        return 1.0 / len(calls)
+        return 1e-6 / len(calls)
 
     monkeypatch.setattr(measure, "seconds", seconds)
     return calls
@@ -743,3 +743,88 @@ def test_entries_are_readable_json(stopwatch):
     ((key, entry),) = data["targets"][TARGET].items()
     assert key.startswith("instance forward float32 statistics=own extra=none A=1 G=6 K=1 S=64 channels=3 x=")
     assert entry["plan"]["regime"] in ("persistent", "split")
+
+
+# On a GPU, measured for real.
+
+
+def on_gpu(case, dtype=torch.float16):
+    tune.run_case(case, dtype, torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.gpu
+def test_gpu_cold_tuning_takes_two_seconds_and_a_warm_process_measures_nothing(monkeypatch):
+    case = Case("CycleGAN", "instance", (4, 256, 64, 64))
+    on_gpu(case)  # compiles
+    autotune.clear()
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    on_gpu(case)
+    torch.cuda.synchronize()
+    assert time.monotonic() - start <= 2.0
+    (entries,) = table.read(file()).values()
+    assert len(entries) == 2
+    forget()
+    monkeypatch.setattr(measure, "seconds", lambda call: pytest.fail("measured"))
+    on_gpu(case)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SHAPES)
+def test_gpu_tuned_is_never_slower_than_the_heuristic(name, monkeypatch):
+    cases = [case for case in SHAPES[name] if math.prod(case.shape) < 2**26]
+    with autotune.mode("0"), autotune.recording() as met:
+        for case in cases:
+            on_gpu(case)
+    with autotune.mode("1", budget=math.inf):
+        for p in met.values():
+            launch.tune(p)
+    found = {p: autotune.find(p) for p in met.values()}
+    assert not any(untuned for _, untuned in found.values())
+    # Whatever is on trial runs, tuned or not.
+    monkeypatch.setattr(autotune, "find", lambda q: (q.work.heuristic(), True))
+    autotune._changed()
+    slower = []
+    for p, (chosen, _) in found.items():
+        if chosen != p.work.heuristic():
+            seconds = measure.measurer(p, launch.forward, launch.backward)
+            tuned, heuristic = (min(seconds(plan) for _ in range(3)) for plan in (chosen, p.work.heuristic()))
+            if tuned > 1.03 * heuristic:
+                slower.append(f"{p.key}: {tuned * 1e6:.1f} µs against {heuristic * 1e6:.1f} µs")
+    assert not slower, "\n".join(slower)
+
+
+@pytest.mark.gpu
+def test_gpu_tuning_changes_nothing_of_the_users():
+    def step():
+        torch.manual_seed(3)
+        x, r = (torch.randn(2, 3, 64, 64, device="cuda", requires_grad=True) for _ in range(2))
+        module = tn.BatchNorm2d(3, activation="relu", device="cuda")
+        y = module(x, residual=r)
+        y.square().sum().backward()
+        return [y.detach(), x.grad, r.grad, *module.state_dict().values(), torch.rand(3, device="cuda")]
+
+    tuned = step()
+    assert autotune.tuned()
+    with autotune.mode("0"):
+        plain = step()
+    for got, want in zip(tuned, plain, strict=True):
+        torch.testing.assert_close(got, want)
+    assert torch.equal(tuned[-1], plain[-1])
+
+
+@pytest.mark.gpu
+def test_gpu_silent_while_a_graph_is_captured(monkeypatch):
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    with autotune.mode("0"):
+        want = norm(x=x)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "seconds", lambda call: pytest.fail("measured"))
+        with torch.cuda.graph(graph):
+            y = norm(x=x)
+    graph.replay()
+    assert torch.equal(y, want)
+    assert not autotune.tuned()
+    norm(x=x)
+    assert autotune.tuned()

@@ -182,8 +182,7 @@ def find(problem: Problem) -> tuple[Plan, bool]:
     """The plan to run with, and whether ``tune`` should be asked for a better one."""
     if _met is not None:
         _met.setdefault((problem.target, problem.key), problem)
-    name = current_mode()
-    if problem.target is None or name == "0":
+    if problem.target is None or (name := current_mode()) == "0":
         return problem.work.heuristic(), False
     found = entry(problem)
     if found is not None and (found.full or name != "full"):
