@@ -18,6 +18,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_norm as tn
+from bench.lookup import lookup_us
 from triton_norm import autotune, candidates, launch, measure, table, tune
 from triton_norm.autotune import Problem
 from triton_norm.candidates import HOPELESS, Work, cost
@@ -743,6 +744,13 @@ def test_entries_are_readable_json(stopwatch):
     ((key, entry),) = data["targets"][TARGET].items()
     assert key.startswith("instance forward float32 statistics=own extra=none A=1 G=6 K=1 S=64 channels=3 x=")
     assert entry["plan"]["regime"] in ("persistent", "split")
+
+
+def test_the_look_up_is_measured_in_a_script():
+    found = lookup_us(number=10, repeat=1)
+    assert list(found) == ["heuristic", "tuned", "tuned, first call of a shape"]
+    assert all(us > 0 for us in found.values())
+    assert not file().exists()
 
 
 # On a GPU, measured for real.
