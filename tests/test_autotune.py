@@ -11,6 +11,7 @@ import time
 import warnings
 from collections import Counter
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from triton_norm.autotune import Problem
 from triton_norm.candidates import HOPELESS, Work, cost
 from triton_norm.geometry import view
 from triton_norm.plan import Device, Plan
-from triton_norm.shapes import SHAPES, Case
+from triton_norm.shapes import LAYOUTS, NORMS, SHAPES, Case
 
 TARGET = "Test GPU sm_00, triton 0.0"
 
@@ -130,6 +131,20 @@ def test_candidates(itemsize, device):
     assert regimes[frozenset({"split"})] > 20
 
 
+def test_candidates_of_any_geometry_compute_it_correctly():
+    random = Random(0)
+    for _ in range(300):
+        shape = tuple(int(2 ** random.uniform(0, top)) for top in (5, 11, 9, 9)[: random.choice((2, 3, 4))])
+        layout = random.choice(LAYOUTS) if len(shape) == 4 else "contiguous"
+        backward, reduce = random.random() < 0.5, random.random() < 0.8
+        extra = random.choice(("none", "residual", "bits") if backward else ("none", "residual"))
+        w = work(random.choice(NORMS), shape, layout, backward, extra, random.choice((2, 4, 8)), reduce)
+        if extra == "bits" and w.geometry.S % 8:
+            continue
+        for p in candidates.candidates(w, 12):
+            assert w.allows(p), (w, p)
+
+
 def test_cost_model_knows_bytes_launches_sectors_and_idle_multiprocessors():
     small, large = work(), work(shape=(64, 256, 64, 64))
     whole, halves = Plan("persistent", 1, 1, 4096, 1, 1, 4), Plan("split", 1, 1, 2048, 2, 1, 4)
@@ -224,7 +239,14 @@ def test_interrupt_is_not_swallowed():
 
 
 def test_two_threads_measure_once():
-    p, clock = problem(), Clock()
+    p = problem()
+
+    class Slow(Clock):
+        def measure(self, plan):
+            time.sleep(0.02)
+            return super().measure(plan)
+
+    clock = Slow()
     threads = [threading.Thread(target=autotune.tune, args=(p, clock)) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -319,8 +341,12 @@ def test_a_lock_that_is_never_released_is_not_waited_for(monkeypatch):
     file().parent.mkdir()
     with open(file().with_name(file().name + ".lock"), "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
+        start = time.monotonic()
         with pytest.warns(RuntimeWarning, match="in memory only: .* was held for more than 0.05 s"):
             autotune.tune(problem(), Clock())
+        assert time.monotonic() - start < 4
+        monkeypatch.setattr(table, "lock", lambda path: pytest.fail("tried again"))
+        autotune.tune(problem(backward=True), Clock())
     assert not autotune.find(problem())[1]
 
 
@@ -659,6 +685,14 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
         )  # fmt: skip
 
     monkeypatch.setattr(launch, "tune", lambda problem: None)
+    used, prepare = [], launch.prepare
+
+    def spy(*arguments):
+        x, at = prepare(*arguments)
+        used.append(at.plan)
+        return x, at
+
+    monkeypatch.setattr(launch, "prepare", spy)
     splits = 0
     for call in (forward, backward):
         with autotune.mode("0"), autotune.recording() as met:
@@ -668,6 +702,7 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
             monkeypatch.setattr(measure.trial, "plan", plan)
             for got, expected in zip(call(), want, strict=True):
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            assert used[-1] == plan
             splits = max(splits, plan.splits)
     monkeypatch.setattr(measure.trial, "plan", None)
     assert splits > 1

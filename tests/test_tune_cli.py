@@ -43,6 +43,7 @@ def gpu(stopwatch, monkeypatch, tmp_path):  # noqa: F811
     """The interpreter as the GPU, and a module of models in the current directory."""
     monkeypatch.setattr(tune, "gpu", lambda: torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     Path("my_models.py").write_text(MODEL)
     Path("shapes.txt").write_text("# two\ninstance 1x2x8x8 none residual  # last\n\nbatch 2x3x8x8 channels_last silu\n")
     yield stopwatch

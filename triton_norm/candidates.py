@@ -91,7 +91,7 @@ def candidates(work: Work, most: int) -> list[Plan]:
     ``HOPELESS`` times as long as the best.
     """
     chosen = work.heuristic()
-    plans = {p for p in (*_persistent(work, chosen), *_split(work)) if work.allows(p) and _registers_suffice(work, p)}
+    plans = {p for p in (*_persistent(work, chosen), *_split(work)) if _registers_suffice(work, p)}
     costs = {p: cost(work, p) for p in plans | {chosen}}
     best = min(costs.values())
     # The order must not depend on hashes. Warps near the heuristic ones come first among plans of one tile.

@@ -83,14 +83,12 @@ def factory(spec: str) -> Callable[[], nn.Module]:
     module, colon, attribute = spec.partition(":")
     if not (module and colon and attribute):
         raise UserError(f"argument --model: expected package.module:factory, but got {spec!r}")
-    # As under `python -m`, also for the console script.
+    # As under `python -m`, also for the console script; for good, since a factory may import more when it is called.
     sys.path.insert(0, os.getcwd())
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
         raise UserError(f"cannot import {spec}: {_line(error)}") from error
-    finally:
-        sys.path.remove(os.getcwd())
     if not callable(found):
         raise UserError(f"argument --model: {spec} is not callable")
     return found
