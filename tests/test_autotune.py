@@ -632,15 +632,14 @@ def test_tuning_changes_nothing_of_the_users(stopwatch):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
-@pytest.mark.parametrize("extra", ["none", "residual", "bits"])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(
+    ("backward", "extra"), [(False, "none"), (False, "residual"), (True, "none"), (True, "residual"), (True, "bits")]
+)
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("kind", ["batch", "instance"])
 def test_what_is_measured_is_the_problem_itself(stopwatch, kind, reduce, backward, extra, layout):
     x = torch.empty(2, 3, 8, 8)
     x = {"contiguous": x, "channels_last": channels_last(x), "cropped": x[:, :, 1:, :]}[layout]
-    if extra == "bits" and not backward:
-        pytest.skip("a forward pass reads no bits")
     with autotune.mode("0"), autotune.recording() as met:
         launch.prepare(kind, x, torch.empty_like(x), backward, reduce, extra)
     (p,) = met.values()

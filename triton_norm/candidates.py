@@ -152,6 +152,8 @@ def _per_element(work: Work, plan: Plan) -> float:
         registers += 2  # the sums
     if work.geometry.transposed and work.backward:
         registers += 0.5  # offsets
+    if work.backward and work.extra == "residual":
+        registers += 0.75
     return registers * max(work.itemsize, 4) / 4
 
 
