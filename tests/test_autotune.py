@@ -651,6 +651,28 @@ def test_what_is_measured_is_the_problem_itself(stopwatch, kind, reduce, backwar
     assert measure.trial.plan is None
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape, padding", [((2, 3, 8, 8), 1), ((1, 2, 8), 3), ((2, 3, 4, 8), (2, 1, 0, 3))], ids=str)
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_padded_problems_are_measured_padded(stopwatch, kind, shape, padding, layout):
+    x = torch.randn(shape)
+    if layout == "channels_last" and x.dim() == 4:
+        x = channels_last(x)
+    x.requires_grad_()
+    keywords = {"running_mean": None, "running_var": None, "training": True} if kind == "batch" else {}
+    with autotune.mode("0"), autotune.recording() as found:
+        norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
+    planes = [p for p in found.values() if p.arguments[0] == "planes"]
+    assert [p.work.backward for p in planes] == [False, True]
+    for p in found.values():
+        with autotune.recording() as met:
+            measure.measurer(p, launch.forward, launch.backward)(p.work.heuristic())
+        assert p in met.values()
+    norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
+    assert len(on_disk()) == len(found)
+    assert not autotune._state.closed
+
+
 def channels_last(x):
     return x.to(memory_format=torch.channels_last)
 
@@ -667,20 +689,22 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
     if layout == "channels_last":
         x, r, dy = map(channels_last, (x, r, dy))
     weight, bias = torch.randn(2, x.shape[1])
-    keep_bits = bool(launch._bits(x, x))
+    keep_bits = bool(launch._bits(x, x, []))
 
     def forward():
         return launch.forward(
-            x, weight, bias, r, None, None, None, None, None, kind, 0.1, 1e-5, "relu", [], keep_bits
+            x, weight, bias, r, None, None, None, None, None,
+            kind, 0.1, 1e-5, "relu", [], keep_bits, [], "reflect", False,
         )  # fmt: skip
 
     with autotune.mode("0"):
-        _, statistics, bits = forward()
+        _, statistics, bits, _ = forward()
 
     def backward():
         return launch.backward(
-            dy, x, weight, bias, None if keep_bits else r, None, None, None, statistics, bits if keep_bits else None,
-            kind, 1e-5, "relu", [], [True, True, True, True, False],
+            dy, None, x, weight, bias, None if keep_bits else r, None, None, None,
+            statistics, bits if keep_bits else None, kind, 1e-5, "relu", [], [], "reflect",
+            [True, True, True, True, False],
         )  # fmt: skip
 
     monkeypatch.setattr(launch, "tune", lambda problem: None)
@@ -698,12 +722,14 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
             want = call()
         (p,) = met.values()
         for plan in candidates.candidates(p.work, 8)[1:]:
+            monkeypatch.setattr(measure.trial, "problem", p)
             monkeypatch.setattr(measure.trial, "plan", plan)
             for got, expected in zip(call(), want, strict=True):
                 torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
             assert used[-1] == plan
             splits = max(splits, plan.splits)
     monkeypatch.setattr(measure.trial, "plan", None)
+    monkeypatch.setattr(measure.trial, "problem", None)
     assert splits > 1
 
 

@@ -52,7 +52,8 @@ def key(kind: str, dtype: str, work: Work) -> str:
     statistics = "own" if work.reduce else "given"
     sizes = f"A={g.A} G={g.G} K={g.K} S={g.S} channels={g.channels}"
     strides = f"x={','.join(map(str, g.x))} y={','.join(map(str, g.y))}"
-    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}"
+    planes = f" H={g.H} y_d={g.y_d}" if g.padded else ""
+    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}"
 
 
 class _State:

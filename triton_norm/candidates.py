@@ -67,7 +67,7 @@ class Work:
             return False
         if plan.fold > 1:
             # One bit per element is stored by whole bytes, in each of the fold's parts.
-            if g.K != 1 or g.S % (8 * plan.fold) or plan.regime != "persistent":
+            if g.padded or g.K != 1 or g.S % (8 * plan.fold) or plan.regime != "persistent":
                 return False
             g = g.folded(plan.fold)
         if plan.block_s < min(power_of_2(g.S), 8):

@@ -131,7 +131,8 @@ def _tuned(found: Launch) -> Launch:
     """The launch with a tuned plan; with the heuristic one as long as nothing can be measured."""
     problem = found.untuned
     if measure.trial.plan is not None:
-        return _layout(problem, measure.trial.plan)
+        # A call may have a second problem, which is not the one on trial.
+        return _layout(problem, measure.trial.plan) if problem == measure.trial.problem else found
     with measure.on(problem.device):
         # Measuring synchronizes, which would void the capture of a graph.
         if problem.device is not None and torch.cuda.is_current_stream_capturing():

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from itertools import pairwise
 
 import torch
 import triton
@@ -17,7 +18,9 @@ WARM_UP, MEASURE = 10, 50
 
 
 class _Trial(threading.local):
-    #: The plan that this thread is measuring: what launch.py is to run, whatever the table says.
+    """What this thread is measuring: launch.py runs the problem with this plan, whatever the table says."""
+
+    problem: Problem | None = None
     plan: Plan | None = None
 
 
@@ -35,12 +38,12 @@ def measurer(problem: Problem, forward: Callable, backward: Callable) -> Callabl
         call = scratch_call(forward, backward, *problem.arguments)
 
     def measure(plan: Plan) -> float:
-        trial.plan = plan
+        trial.problem, trial.plan = problem, plan
         try:
             with on(problem.device):
                 return seconds(call)
         finally:
-            trial.plan = None
+            trial.problem = trial.plan = None
 
     return measure
 
@@ -52,16 +55,16 @@ def seconds(call: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def scratch_call(
-    forward: Callable, backward: Callable, kind: str, shape: tuple, strides: tuple, _: tuple, dtype: torch.dtype,
-    is_backward: bool, reduce: bool, extra: str, device: int | None,
+    forward: Callable, backward: Callable, kind: str, shape: tuple, strides: tuple, y_strides: tuple,
+    dtype: torch.dtype, is_backward: bool, reduce: bool, extra: str, device: int | None,
 ) -> Callable[[], object]:  # fmt: skip
     """A call of ``forward`` or ``backward`` whose problem has these arguments."""
     where = torch.device("cpu") if device is None else torch.device("cuda", device)
     # Not the default generator: its state is the user's.
     generator = torch.Generator(where).manual_seed(0)
-    extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
 
-    def scratch() -> Tensor:
+    def scratch(shape: tuple = shape, strides: tuple = strides) -> Tensor:
+        extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         return torch.empty(extent, dtype=dtype, device=where).normal_(generator=generator).as_strided(shape, strides)
 
     def per_channel() -> Tensor:
@@ -70,10 +73,15 @@ def scratch_call(
     x, weight, bias = scratch(), per_channel(), per_channel()
     mean, variance = (None, None) if reduce else (per_channel(), per_channel())
     residual = None if extra == "none" else scratch()
+    padding, mode, padded = [], "reflect", shape
+    if kind == "planes":
+        kind = "instance" if reduce else "batch"
+        padded = _padded(shape, y_strides)
+        padding, mode = _sides(shape, padded)
     if not is_backward:
         return partial(
             forward, x, weight, bias, residual, None, None, None, mean, variance,
-            kind, 0.1, 1e-5, "relu", [], residual is not None,
+            kind, 0.1, 1e-5, "relu", [], residual is not None, padding, mode, False,
         )  # fmt: skip
     rows = shape[1] if kind == "batch" else shape[0] * shape[1]
     # Means and reciprocal deviations of 1.
@@ -81,7 +89,28 @@ def scratch_call(
     bits = torch.zeros(x.numel() // 8, dtype=torch.uint8, device=where) if extra == "bits" else None
     # Where there are no bits, an activation whose derivative needs the residual again.
     activation, needed = ("silu", residual) if extra == "residual" else ("relu", None)
+    dy = scratch(padded, y_strides) if padding else scratch()
     return partial(
-        backward, scratch(), x, weight, bias, needed, None, mean, variance,
-        statistics, bits, kind, 1e-5, activation, [], [True, True, True, residual is not None, False],
+        backward, dy, None, x, weight, bias, needed, None, mean, variance,
+        statistics, bits, kind, 1e-5, activation, [], padding, mode,
+        [True, True, True, residual is not None, False],
     )  # fmt: skip
+
+
+def _padded(shape: tuple, strides: tuple) -> tuple[int, ...]:
+    """The shape of a dense tensor, contiguous or channels_last, that is at least ``shape`` and has these strides."""
+    n, c, *spatial = shape
+    if strides[1] == 1 and c > 1:
+        extents = [strides[0], *strides[2:]]
+    else:
+        extents = list(strides[1:])
+    sizes = [outer // inner for outer, inner in pairwise(extents)]
+    return (n, c, *(max(pair) for pair in zip(sizes, spatial, strict=True)))
+
+
+def _sides(shape: tuple, padded: tuple) -> tuple[list[int], str]:
+    """torch's padding between two shapes, and a mode that allows it."""
+    both = [big - small for small, big in zip(shape[2:], padded[2:], strict=True)]
+    sides = [side for total in reversed(both) for side in (total // 2, total - total // 2)]
+    fits = all(total - total // 2 < small for total, small in zip(both, shape[2:], strict=True))
+    return sides, "reflect" if fits else "replicate"
