@@ -8,7 +8,7 @@ import torch
 
 import triton_norm
 
-from . import functional
+from . import autotune, functional
 from .kernels import AVAILABLE, triton
 
 NAME = "info"
@@ -85,6 +85,17 @@ def rows() -> list[tuple[str, str]]:
         lines.append(("compiled kernels", str(triton.knobs.cache.dir)))
     else:
         lines.append(("compiled kernels", "no cache: Triton is not installed"))
+    return lines + _tuned()
+
+
+def _tuned() -> list[tuple[str, str]]:
+    try:
+        lines = [("tuned plans", str(autotune.path()))]
+    except OSError as error:
+        lines = [("tuned plans", f"in memory only: {error}")]
+    targets = autotune.tuned()
+    lines += [("", f"{len(plans)} for {target}") for target, plans in sorted(targets.items())] or [("", "none")]
+    lines.append(("", _environment("TRITON_NORM_AUTOTUNE")))
     return lines
 
 

@@ -1,14 +1,17 @@
 """Allocates outputs, builds grids and launches; with ``run=False``, for fake and meta tensors, it only allocates."""
 
 import os
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import plan as planning
+from . import autotune, measure
+from .autotune import Problem
+from .candidates import Work
 from .geometry import Geometry, view
 from .kernels import backward as backward_kernels
 from .kernels import forward as forward_kernels
@@ -39,6 +42,8 @@ class Launch(NamedTuple):
     acc: tuple[tl.dtype, bool, bool]
     #: The accumulation dtype, for torch.
     dtype: torch.dtype
+    #: What to measure for a better plan, if that has not been done.
+    untuned: Problem | None
 
 
 @lru_cache
@@ -47,7 +52,21 @@ def _device(index: int | None) -> Device:
         # Few programs are enough in the interpreter, which runs them one after another.
         return Device(multiprocessors=4) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
     properties = torch.cuda.get_device_properties(index)
-    return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
+    return Device(
+        properties.multi_processor_count,
+        getattr(properties, "warp_size", 32),
+        properties.L2_cache_size or Device.l2_bytes,
+    )
+
+
+@lru_cache
+def _target(index: int | None) -> str | None:
+    """What a measurement holds for, or None where no kernel is compiled: on the CPU and in the interpreter."""
+    if index is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    architecture = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return f"{properties.name} {architecture}, triton {triton.__version__}"
 
 
 @lru_cache(maxsize=65536)
@@ -65,10 +84,22 @@ def _prepare(
     geometry = view(kind, shape, x, y)
     if geometry is None:
         return None
-    plan = planning.choose(geometry, dtype.itemsize, backward, reduce, extra, _device(device))
+    work = Work(geometry, dtype.itemsize, backward, reduce, extra, _device(device))
+    name = str(dtype).removeprefix("torch.")
+    arguments = (kind, shape, x, y, dtype, backward, reduce, extra, device)
+    problem = Problem(work, autotune.key(kind, name, work), _target(device), device, arguments)
+    return _layout(problem, *autotune.find(problem))
+
+
+# Looked up at every call, so what is found is what autotune would answer now.
+autotune.on_change(_prepare.cache_clear)
+
+
+def _layout(problem: Problem, plan: Plan, untuned: bool = False) -> Launch:
+    geometry = problem.work.geometry
     if plan.fold > 1:
         geometry = geometry.folded(plan.fold)
-    double = dtype == torch.float64
+    double = problem.work.itemsize == 8
     return Launch(
         geometry,
         plan,
@@ -79,6 +110,7 @@ def _prepare(
         (plan.rows, plan.block_k, plan.block_s),
         (tl.float64 if double else tl.float32, plan.fits(geometry), geometry.wide),
         torch.float64 if double else torch.float32,
+        problem if untuned else None,
     )
 
 
@@ -90,7 +122,28 @@ def prepare(kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool, extra
     if found is None:
         x = torch.empty_like(y).copy_(x)
         found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, extra, device)
+    if found.untuned is not None:
+        found = _tuned(found)
     return x, found
+
+
+def _tuned(found: Launch) -> Launch:
+    """The launch with a tuned plan; with the heuristic one as long as nothing can be measured."""
+    problem = found.untuned
+    if measure.trial.plan is not None:
+        # A call may have a second problem, which is not the one on trial.
+        return _layout(problem, measure.trial.plan) if problem == measure.trial.problem else found
+    with measure.on(problem.device):
+        # Measuring synchronizes, which would void the capture of a graph.
+        if problem.device is not None and torch.cuda.is_current_stream_capturing():
+            return found
+    tune(problem)
+    return _prepare(*problem.arguments)
+
+
+def tune(problem: Problem) -> None:
+    """Measures plans for a problem that ``autotune.recording`` has met, unless it is settled already."""
+    autotune.tune(problem, partial(measure.measurer, problem, forward, backward))
 
 
 def _like(tensor: Tensor | None, y: Tensor) -> Tensor | None:

@@ -22,6 +22,7 @@ class Device:
 
     multiprocessors: int = 132
     warp_size: int = 32
+    l2_bytes: int = 50 * 2**20
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,225 @@
+"""Which plans are worth measuring for a geometry, best first by a cost model. Pure Python: nothing is measured here.
+
+The model knows bytes, launches, registers and idle multiprocessors, in round numbers from data sheets. It only has to
+rank: what it puts among the first is measured, what it puts last is not compiled.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from . import plan as planning
+from .geometry import Geometry
+from .plan import SECTOR, TILE, Device, Plan, cdiv, power_of_2
+
+#: Bytes that memory could have moved in the time that one more kernel costs: about 2 µs at 3 TB/s.
+LAUNCH_BYTES = 6 * 2**20
+#: Bytes that a multiprocessor must keep under way to hide the latency of memory.
+IN_FLIGHT = 16384
+#: Of the bytes read a second time, the share that comes from memory while the tensors fit in half of the L2.
+FROM_L2 = 0.25
+#: A program with a multiprocessor to itself loads, then computes, then stores: nothing overlaps.
+ALONE = 1.3
+#: A plan that is to take so many times as long as the best by this model is not measured.
+HOPELESS = 2.0
+REGISTERS = 65536
+THREADS = 2048
+#: Registers of a thread that hold no elements.
+OVERHEAD = 24
+#: Partial results per row that the finalizing kernel can hold.
+MAX_SPLITS = 1024
+
+
+@dataclass(frozen=True)
+class Work:
+    """One direction of one call, as far as its plan depends on it; the arguments of ``plan.choose``."""
+
+    geometry: Geometry
+    itemsize: int
+    backward: bool
+    reduce: bool
+    extra: str
+    device: Device
+
+    def heuristic(self) -> Plan:
+        return planning.choose(self.geometry, self.itemsize, self.backward, self.reduce, self.extra, self.device)
+
+    @property
+    def streams(self) -> float:
+        """Tensors that must be read or written at least once, in units of the input."""
+        least = 3.0 if self.backward else 2.0
+        if self.extra == "none":
+            return least
+        bits = 1 / (8 * self.itemsize)
+        if not self.backward:
+            return least + 1 + bits
+        return least + 1 + (bits if self.extra == "bits" else 1)
+
+    @property
+    def minimum_bytes(self) -> int:
+        return round(self.streams * self.geometry.rows * self.geometry.columns * self.itemsize)
+
+    def allows(self, plan: Plan) -> bool:
+        """Whether the plan computes this work correctly, however fast."""
+        g, blocks = self.geometry, (plan.rows, plan.block_k, plan.block_s, plan.warps, plan.fold)
+        if min(*blocks, plan.steps, plan.splits) < 1 or any(n & (n - 1) for n in blocks):
+            return False
+        if plan.fold > 1:
+            # One bit per element is stored by whole bytes, in each of the fold's parts.
+            if g.padded or g.K != 1 or g.S % (8 * plan.fold) or plan.regime != "persistent":
+                return False
+            g = g.folded(plan.fold)
+        if plan.block_s < min(power_of_2(g.S), 8):
+            return False
+        if plan.regime == "persistent":
+            one = plan.splits == plan.steps == 1
+            return self.reduce and one and plan.block_k >= g.K and plan.block_s >= g.S
+        tiles = cdiv(g.K, plan.block_k) * cdiv(g.S, plan.block_s)
+        # Every program has a tile: an empty share would have a mean of 0 / 0.
+        return (
+            plan.regime == "split"
+            and plan.splits <= max(MAX_SPLITS, self.heuristic().splits)
+            and (plan.splits - 1) * plan.steps < tiles <= plan.splits * plan.steps
+        )
+
+
+def candidates(work: Work, most: int) -> list[Plan]:
+    """At most ``most`` plans to measure: the heuristic one, one of the other regime, then the cost model's best.
+
+    Plans that cannot win are not among them, however few remain: those that spill, and those expected to take
+    ``HOPELESS`` times as long as the best.
+    """
+    chosen = work.heuristic()
+    plans = {p for p in (*_persistent(work, chosen), *_split(work)) if _registers_suffice(work, p)}
+    costs = {p: cost(work, p) for p in plans | {chosen}}
+    best = min(costs.values())
+    # The order must not depend on hashes. Warps near the heuristic ones come first among plans of one tile.
+    plans = sorted(plans - {chosen}, key=lambda p: (abs(p.warps - chosen.warps), str(p)))
+    tiles: Counter[tuple] = Counter([_tile(chosen)])
+    ranks = {}
+    for p in plans:
+        # Plans of about the same cost differ in what the model does not know: one of each tile, then the next of each.
+        ranks[p] = (round(math.log(costs[p], 1.05)), tiles[_tile(p)])
+        tiles[_tile(p)] += 1
+    ranked = sorted((p for p in plans if costs[p] <= HOPELESS * best), key=ranks.__getitem__)
+    other = next((p for p in ranked if p.regime != chosen.regime), None)
+    return [chosen, *([other] if other else []), *(p for p in ranked if p != other)][:most]
+
+
+def _tile(plan: Plan) -> tuple:
+    return plan.regime, plan.rows, plan.block_k * plan.block_s
+
+
+def cost(work: Work, plan: Plan) -> float:
+    """What the plan is expected to take, in bytes that memory could have moved meanwhile."""
+    g = work.geometry
+    tensor = g.rows * g.columns * work.itemsize
+    launches, again = 1, 0.0
+    if plan.regime == "split" and work.reduce:
+        launches, again = (2, 2.0) if work.backward else (2, 1.0)
+        launches += not plan.inline
+        if work.backward and work.extra != "none":
+            again += 1 / (8 * work.itemsize) if work.extra == "bits" else 1
+        if work.streams * tensor <= work.device.l2_bytes / 2:
+            again *= FROM_L2
+    row_blocks = g.A * cdiv(g.G, plan.rows)
+    moved = (work.streams + again) * tensor * _sectors(work, plan)
+    # Masked elements of a tile cost no bytes, but they occupy its registers and hide no latency.
+    programs = row_blocks * plan.splits
+    resident = _resident(work, plan)
+    under_way = min(programs, resident * work.device.multiprocessors)
+    useful = min(plan.rows, g.G) * min(plan.block_k * plan.block_s, g.columns) * work.itemsize
+    share = min(under_way * useful / (work.device.multiprocessors * IN_FLIGHT), 1.0)
+    busy = min(programs / work.device.multiprocessors, 1.0)
+    alone = ALONE if resident == 1 and plan.regime == "persistent" else 1.0
+    return launches * LAUNCH_BYTES + moved * alone / max(min(share, busy), 1e-3)
+
+
+def _sectors(work: Work, plan: Plan) -> float:
+    """Bytes that memory moves for each byte asked for: pieces of channels_last pixels narrower than a sector."""
+    g = work.geometry
+    if not g.transposed:
+        return 1.0
+    piece = min(plan.rows, g.G) * work.itemsize
+    return max(min(SECTOR, g.G * work.itemsize) / piece, 1.0)
+
+
+def _per_element(work: Work, plan: Plan) -> float:
+    """Registers that one element of a tile holds, about; fitted to what compiled without a spill for sm_90."""
+    registers = 3.0 if work.backward else 1.5
+    if plan.regime == "split" and work.backward:
+        registers += 2  # the sums
+    if work.geometry.transposed and work.backward:
+        registers += 0.5  # offsets
+    if work.backward and work.extra == "residual":
+        registers += 0.75
+    return registers * max(work.itemsize, 4) / 4
+
+
+def _threads(work: Work, plan: Plan) -> int:
+    return plan.warps * work.device.warp_size
+
+
+def _need(work: Work, plan: Plan) -> float:
+    """Registers per thread."""
+    elements = plan.rows * plan.block_k * plan.block_s
+    return OVERHEAD + _per_element(work, plan) * max(elements / _threads(work, plan), 1)
+
+
+def _registers_suffice(work: Work, plan: Plan) -> bool:
+    return _need(work, plan) <= min(255, REGISTERS // _threads(work, plan))
+
+
+def _resident(work: Work, plan: Plan) -> int:
+    """Programs that one multiprocessor runs at a time."""
+    threads = _threads(work, plan)
+    return max(min(THREADS // threads, int(REGISTERS // (threads * min(_need(work, plan), 255))), 32), 1)
+
+
+def _warps(elements: int, device: Device, per_thread: tuple[int, ...]) -> set[int]:
+    """Never above 512 threads, where a thread is left with 64 registers."""
+    threads = {min(max(power_of_2(elements // n), device.warp_size), 512) for n in per_thread}
+    return {max(n // device.warp_size, 1) for n in threads}
+
+
+def _powers(first: int, last: int) -> Iterator[int]:
+    while first <= last:
+        yield first
+        first *= 2
+
+
+def _persistent(work: Work, chosen: Plan) -> Iterator[Plan]:
+    g = work.geometry
+    block_k, block_s = power_of_2(g.K), power_of_2(g.S)
+    columns = block_k * block_s
+    # What the registers of a program hold was read from compiled code, and plan.py knows it.
+    limit = planning._register_limit(g, columns, work.itemsize, work.backward, work.extra)
+    if not work.reduce or columns > limit:
+        return
+    for rows in _powers(1, min(power_of_2(g.G), limit // columns)):
+        for warps in _warps(rows * columns, work.device, (8, 16, 32, 64)):
+            yield Plan("persistent", rows, block_k, block_s, 1, 1, warps)
+    if chosen.fold > 1:
+        for warps in _warps(columns, work.device, (32, 64)):
+            yield Plan("persistent", 1, chosen.block_k, chosen.block_s, 1, 1, warps, chosen.fold)
+
+
+def _split(work: Work) -> Iterator[Plan]:
+    g = work.geometry
+    for tile in (TILE // 2, TILE, 2 * TILE):
+        tile = tile * 4 // max(work.itemsize, 4)
+        if g.transposed:
+            widths = {min(power_of_2(g.G), n // work.itemsize) for n in (SECTOR, 2 * SECTOR, 4 * SECTOR)}
+        else:
+            widths = {max(min(power_of_2(g.G), tile // (power_of_2(g.S) * power_of_2(g.K))), 1)}
+        for rows in widths:
+            block_s = min(power_of_2(g.S), tile // rows)
+            block_k = min(power_of_2(g.K), max(tile // (rows * block_s), 1))
+            tiles = cdiv(g.K, block_k) * cdiv(g.S, block_s)
+            row_blocks = g.A * cdiv(g.G, rows)
+            for per_multiprocessor in (1, 2, 4, 8):
+                wanted = cdiv(per_multiprocessor * work.device.multiprocessors, row_blocks)
+                steps = cdiv(tiles, min(wanted, tiles, MAX_SPLITS))
+                for warps in _warps(rows * block_k * block_s, work.device, (8, 16, 32)):
+                    yield Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
