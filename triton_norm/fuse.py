@@ -76,6 +76,10 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
         raise ValueError("inference=True folds running statistics into convolutions: call model.eval() first")
     if not inplace:
         model = _shared_copy(model)
+    for module in model.modules():
+        if isinstance(module, trace.Rewritten):
+            # Fused before: what is fused now may be more.
+            module.__class__ = type(module)._original
     fuser = _Fuser(model, inference)
     fuser.visit("", model)
     model = fuser.swap_norms()
@@ -291,6 +295,8 @@ class _Fuser:
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
             if isinstance(module, (modules._Fused, Elementwise)) or path in self.report.fused:
                 self.swap(path, module, done)
+                if isinstance(module, modules._Fused):
+                    self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
                 continue
             if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
                 continue

@@ -208,10 +208,6 @@ def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 class Rewritten:
     """Mixed into a copy of a module's class: its forward is generated from a graph. Copies and pickles with it."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        # The forward is this one object's. What it makes of its class, such as a slice of a Sequential, is another.
-        return cls._original(*args, **kwargs)
-
     def __reduce_ex__(self, protocol: Any) -> Any:
         _, (cls, *args), *rest = super().__reduce_ex__(2)
         return _rebuild, (cls._original, cls._source, _portable(cls._names), args), *rest
@@ -233,7 +229,20 @@ def _rewritten(cls: type, source: str, names: dict[str, Any]) -> type:
         "forward": forward, "_original": cls, "_source": source, "_names": used,
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
     }  # fmt: skip
-    return type(cls)(cls.__name__, (Rewritten, cls), attributes)
+
+    if issubclass(cls, nn.Sequential):
+        attributes |= dict.fromkeys(("append", "extend", "insert", "pop", "__delitem__", "__iadd__"), _refuse)
+
+    def construct(_: type, *args: Any, **kwargs: Any) -> Any:
+        # The forward is that one object's. What it makes of its class, such as a slice of a Sequential, is another.
+        return cls(*args, **kwargs)
+
+    meta = type(type(cls).__name__, (type(cls),), {"__call__": construct})
+    return meta(cls.__name__, (Rewritten, cls), attributes)
+
+
+def _refuse(self: nn.Sequential, *_: Any, **__: Any) -> None:
+    raise TypeError("the forward of this Sequential is fused: add and remove layers before tn.fuse")
 
 
 def _rebuild(cls: type, source: str, names: dict[str, Any], args: list) -> nn.Module:
@@ -241,7 +250,7 @@ def _rebuild(cls: type, source: str, names: dict[str, Any], args: list) -> nn.Mo
         name: __import__(value[0], fromlist=["_"]) if _is_import(value) else value for name, value in names.items()
     }
     rewritten = _rewritten(cls, source, imported)
-    return cls.__new__.__get__(None, object)(rewritten, *args)
+    return rewritten.__new__(rewritten, *args)
 
 
 def _portable(names: dict[str, Any]) -> dict[str, Any]:
