@@ -160,15 +160,15 @@ class Bottleneck(nn.Module):
 
 class ResNet(nn.Module):
     def __init__(
-        self, block, layers, in_channels, num_classes, stem=64, small_stem=False, widths=(64, 128, 256, 512),
+        self, block, layers, in_channels, num_classes, stem_width=64, small_stem=False, widths=(64, 128, 256, 512),
         strides=(1, 2, 2, 2),
     ):  # fmt: skip
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, stem, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
-        self.bn1 = nn.BatchNorm2d(stem)
+        self.conv1 = nn.Conv2d(in_channels, stem_width, *((3, 1, 1) if small_stem else (7, 2, 3)), bias=False)
+        self.bn1 = nn.BatchNorm2d(stem_width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, 1)
-        channels, expansion, stages = stem, getattr(block, "func", block).expansion, {}
+        channels, expansion, stages = stem_width, getattr(block, "func", block).expansion, {}
         for i, (width, count, stride) in enumerate(zip(widths, layers, strides, strict=True)):
             blocks = []
             for n in range(count):

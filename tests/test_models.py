@@ -92,13 +92,23 @@ def test_discriminator_biases():
         assert biased(norm) == [True] * 5
 
 
+NARROW = {"stem_width": 4, "widths": (4, 6, 8, 10)}
+
+
 @pytest.mark.parametrize(
-    ("name", "shape"), [("resnet18", (2, 1, 32, 48)), ("resnet45", (1, 3, 8, 16)), ("resnet50", (2, 3, 32, 32))]
+    ("name", "shape", "options"),
+    [("resnet18", (2, 1, 48, 64), NARROW), ("resnet50", (2, 3, 48, 64), NARROW), ("resnet45", (1, 3, 8, 16), {})],
 )
-def test_resnets(name, shape):
-    torch.manual_seed(0)
-    ours, theirs = getattr(tn.models, name)(), twins.randomize(getattr(plain, name)())
-    twins.check(ours, theirs, image(*shape), steps=3 if name == "resnet18" else 1)
+def test_resnets(name, shape, options):
+    ours, theirs = twin(name, **options)
+    twins.check(ours, theirs, image(*shape), steps=1 if name == "resnet45" else 3)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet45", "resnet50"])
+def test_resnet_state(name):
+    with torch.device("meta"):
+        ours, theirs = getattr(tn.models, name)(), getattr(plain, name)()
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
 def test_resnet_shapes():
@@ -110,6 +120,11 @@ def test_resnet_shapes():
 
 def test_keys_of_published_checkpoints():
     """A few keys of each kind, and sizes that are known of the published files."""
+    with torch.device("meta"):
+        _check_keys()
+
+
+def _check_keys():
     generator = tn.models.ResnetGenerator(3, 3, norm_layer=INSTANCE, n_blocks=9)
     assert sum(p.numel() for p in generator.parameters()) == 11_378_179
     keys = generator.state_dict().keys()

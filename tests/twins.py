@@ -44,7 +44,7 @@ def check(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor, steps: int 
             outputs.append(y.detach())
             gradients.append([x.grad for x in leaves] + [p.grad for p in model.parameters()])
             if optimizer is not None:
-                for p in model.parameters():
+                for p in (p for p in model.parameters() if p.grad is not None):
                     # Steps of one size keep the twins comparable, however steep the network.
                     p.grad /= p.grad.norm() + 1.0
                 optimizer.step()

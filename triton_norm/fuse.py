@@ -300,11 +300,12 @@ class _Fuser:
                 continue
             if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
                 continue
-            reason = self.why_not(module)
-            if reason is None and any(_is_closed(m) for m in self.parents(path)):
-                reason = "it is part of a module that is left alone"
-            if reason is None and type(module) not in convert.OURS:
+            if type(module) not in convert.OURS:
                 reason = f"{type(module).__name__} is no norm of torch.nn that this package fuses"
+            elif any(_is_closed(m) for m in self.parents(path)):
+                reason = "it is part of a module that is left alone"
+            else:
+                reason = self.why_not(module)
             if reason is not None:
                 self.report.left[path] = reason
                 continue

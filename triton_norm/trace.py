@@ -45,6 +45,22 @@ class Untraceable(Exception):
     """Why a forward cannot be trusted."""
 
 
+_IN_PLACE_OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow")}
+
+
+class _Proxy(fx.Proxy):
+    """Keeps ``y += x`` in place, of which torch.fx makes ``y = y + x``."""
+
+
+def _augmented(name: str) -> Callable:
+    target = getattr(operator, name)
+    return lambda self, other: self.tracer.create_proxy("call_function", target, (self, other), {})
+
+
+for _name in _IN_PLACE_OPERATORS:
+    setattr(_Proxy, f"__{_name}__", _augmented(_name))
+
+
 class _Tracer(fx.Tracer):
     """Notes for each node which module's forward it stands in, as ``meta["scope"]``, a path of names."""
 
@@ -71,6 +87,9 @@ class _Tracer(fx.Tracer):
         finally:
             self._scopes.pop()
 
+    def proxy(self, node: Node) -> fx.Proxy:
+        return _Proxy(node, self)
+
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
         node.meta["scope"] = self._scopes[-1]
@@ -90,7 +109,7 @@ def trace(module: nn.Module, inline: Collection[nn.Module] | None = None) -> fx.
     with _restored(module) as check:
         graphs = []
         for training in (True, False):
-            for m in module.modules():
+            for m in _python_modules(module):
                 m.__dict__["training"] = training
             try:
                 graphs.append(_Tracer(inline).trace(module))
@@ -100,6 +119,11 @@ def trace(module: nn.Module, inline: Collection[nn.Module] | None = None) -> fx.
     if _text(graphs[0]) != _text(graphs[1]):
         raise Untraceable("its forward differs between training and evaluation")
     return graphs[0]
+
+
+def _python_modules(module: nn.Module) -> list[nn.Module]:
+    """Those inside that keep their attributes in Python."""
+    return [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
 
 
 def _first_line(error: Exception) -> str:
@@ -113,7 +137,7 @@ def _text(graph: fx.Graph) -> list[str]:
 @contextmanager
 def _restored(module: nn.Module) -> Iterator[Callable[[], None]]:
     """Puts every attribute back; yields a function that raises ``Untraceable`` if one other than training changed."""
-    before = [(m, *_contents(m)) for m in module.modules()]
+    before = [(m, *_contents(m)) for m in _python_modules(module)]
     generators = (torch.get_rng_state(), random.getstate())
 
     def check() -> None:
@@ -168,7 +192,7 @@ def mutated(node: Node, modules: dict[str, nn.Module]) -> Node | None:
     elif node.op == "call_function":
         in_place = (
             (name.endswith("_") and not name.endswith("__"))
-            or (getattr(operator, name, None) is target and name in _IN_PLACE_OPERATORS)
+            or (name in _IN_PLACE_OPERATORS and target is getattr(operator, name))
             or node.kwargs.get("inplace") is True
             or (getattr(F, name, None) is target and _argument(node, "inplace") is True)
         )
@@ -186,17 +210,12 @@ def _argument(node: Node, name: str) -> Any:
         return None
 
 
-_IN_PLACE_OPERATORS = {
-    f"i{n}" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
-} | {"setitem"}
-
-
 def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     """Makes whoever reads a tensor after an in-place operation read that operation's result: the same tensor."""
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = mutated(node, modules)
-        if source is not None and node.target is not operator.setitem:
+        if source is not None:
             for user in list(source.users):
                 if order[user] > order[node]:
                     user.replace_input_with(source, node)
