@@ -170,7 +170,7 @@ NETWORKS = {
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks(name):
-    fused = fused_like(NETWORKS[name](), normal(2, 3, 64, 32))
+    fused = fused_like(NETWORKS[name](), normal(2, 3, 32, 32))
     report = tn.fuse_report(fused)
     assert report.left == {}
     if name.startswith("resnet"):

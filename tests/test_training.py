@@ -13,7 +13,7 @@ from torch import nn
 
 import triton_norm as tn
 
-STEPS = 10
+STEPS = 16
 
 
 @functools.cache
@@ -34,10 +34,11 @@ def patches(count, size, generator):
 def train(generator, discriminator):
     """Colours a grey patch, least-squares GAN and L1: the three losses of every step."""
     random = torch.Generator().manual_seed(0)
-    optimizers = [torch.optim.Adam(m.parameters(), 2e-4, betas=(0.5, 0.999)) for m in (generator, discriminator)]
+    optimizers = [torch.optim.Adam(m.parameters(), 1e-3, betas=(0.5, 0.999)) for m in (generator, discriminator)]
     losses = []
+    pool = patches(4, 32, random)
     for _ in range(STEPS):
-        real = patches(2, 40, random)
+        real = pool[torch.randperm(len(pool), generator=random)[:2]]
         grey = real.mean(1, keepdim=True)
         fake = generator(grey)
         scores = discriminator(fake)
@@ -78,7 +79,7 @@ def test_follows_plain_pytorch(how, plain_run, monkeypatch):
     losses = train(*models)
     torch.testing.assert_close(losses, want, rtol=1e-3, atol=1e-4)
     # Something is learnt, so there is something to follow.
-    assert want[-1, 1] < 0.9 * want[0, 1]
+    assert want[-3:, 1].mean() < 0.9 * want[:3, 1].mean()
 
 
 def test_another_start_does_not_follow(plain_run):

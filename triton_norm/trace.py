@@ -18,7 +18,6 @@ from torch import fx, nn
 from torch.fx import Node
 
 from .convert import Elementwise
-from .modules import _Fused
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -39,6 +38,10 @@ def is_foreign(module: nn.Module) -> bool:
 def is_opaque(module: nn.Module) -> bool:
     """Whether calls of this module must stay calls of it."""
     return is_hooked(module) or is_foreign(module)
+
+
+#: What models are made from, rather than layers.
+_CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 class Untraceable(Exception):
@@ -71,9 +74,10 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            isinstance(m, (_Fused, Elementwise))
+            isinstance(m, Elementwise)
             or is_opaque(m)
-            or super().is_leaf_module(m, module_qualified_name)
+            # A subclass of one of torch's layers is a layer too.
+            or any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in type(m).__mro__)
             or (self._inline is not None and id(m) not in self._inline)
         )
 
