@@ -38,7 +38,18 @@ class Plain(nn.Module):
 @pytest.mark.parametrize("transposed", [False, True], ids=["convolution", "transposed"])
 @pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_conv_norm_act(backend, dims, norm, transposed):
+def test_conv_norm_act(monkeypatch, dims, norm, transposed):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
+    check_conv_norm_act(dims, norm, transposed, normal(2, 4, *SIZES[dims]), steps=3)
+
+
+@pytest.mark.parametrize("norm", ["instance", "batch", "group", "none"])
+def test_conv_norm_act_in_the_kernels(monkeypatch, norm):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    check_conv_norm_act(2, norm, True, normal(1, 4, 3, 2), steps=1)
+
+
+def check_conv_norm_act(dims, norm, transposed, x, steps):
     ours = tn.ConvNormAct(
         4, 6, 3, stride=2, padding=1, dims=dims, norm=norm, transposed=transposed, groups=2,
         output_padding=int(transposed), activation=nn.LeakyReLU(0.25), pad_output=1,
@@ -60,8 +71,7 @@ def test_conv_norm_act(backend, dims, norm, transposed):
             (1,) * (2 * dims),
         )
     )
-    size = SIZES[dims] if backend.name == "torch" else (5,) * dims
-    twins.check(ours.to(backend.device), theirs, normal(2, 4, *size), steps=3 if backend.name == "torch" else 1)
+    twins.check(ours, theirs, x, steps=steps)
 
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
@@ -177,7 +187,9 @@ def test_resnet_block(backend, norm, padding_type, use_dropout):
 
 
 @pytest.mark.parametrize("padding_type", ["reflect", "replicate", "zero"])
-def test_chain_of_resnet_blocks(backend, padding_type):
+def test_chain_of_resnet_blocks(monkeypatch, padding_type):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
+
     class Chain(nn.Sequential):
         def forward(self, x):
             for block in self[:-1]:
