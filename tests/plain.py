@@ -125,7 +125,7 @@ class BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(planes)
         self.downsample = downsample
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         identity = x
         y = self.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))

@@ -534,6 +534,8 @@ def test_fused_models_are_copied_saved_and_fused_again():
     with torch.no_grad():
         other.model[1].weight.zero_()
     torch.testing.assert_close(fused(x), model(x))
+    block = tn.fuse(plain.BasicBlock(3, 3).double())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(block))(normal(2, 3, 4, 4)), block(normal(2, 3, 4, 4)))
     # A slice is a model of its own.
     torch.testing.assert_close(fused.model[:4](x), model.model[:4](x))
     with pytest.raises(TypeError, match=r"before tn\.fuse"):
@@ -624,3 +626,20 @@ def test_inference_leaves_what_it_cannot_fold():
     fused = tn.fuse(model, inference=True)
     torch.testing.assert_close(fused(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
     assert tn.fuse_report(fused).folded == {}
+
+
+OURS = {
+    "generator": lambda: tn.models.ResnetGenerator(3, 2, 4, n_blocks=2),
+    "generator, group": lambda: tn.models.ResnetGenerator(3, 2, 4, functools.partial(nn.GroupNorm, 2), n_blocks=2),
+    "unet": lambda: tn.models.UnetGenerator(3, 2, 5, 2),
+    "discriminator": lambda: tn.models.NLayerDiscriminator(3, 4),
+    "resnet50": lambda: tn.models.resnet50(3, 5, stem_width=4, widths=(4, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_networks_compute_the_same(name, inference):
+    model = twins.randomize(OURS[name]()).eval()
+    x = normal(2, 3, 32, 32)
+    torch.testing.assert_close(tn.fuse(model, inference)(x), model(x), rtol=1e-9, atol=1e-9)

@@ -129,7 +129,7 @@ class _Fuser:
         except trace.Untraceable as reason:
             if type(module) is nn.Sequential and not trace.is_foreign(module):
                 self.neighbours(module)
-            elif any(is_norm(m) for m in module.modules()):
+            elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and any(is_norm(m) for m in module.modules()):
                 self.report.left[path] = f"{type(module).__name__}: {reason}"
             if self.inference and isinstance(module, ConvNormAct):
                 self.fold_pair(module.conv, module.norm)

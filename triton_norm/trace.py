@@ -107,8 +107,10 @@ def trace(module: nn.Module, inline: Collection[nn.Module] | None = None) -> fx.
     """
     if is_foreign(module):
         raise Untraceable("its forward is not its class's")
-    code = type(module).forward.__code__
-    if type(module).forward.__defaults__ or code.co_flags & 0x0C or code.co_kwonlyargcount:
+    required = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    arguments = inspect.signature(type(module).forward, follow_wrapped=False).parameters.values()
+    if any(a.kind not in required or a.default is not a.empty for a in arguments):
+        # The trace would be of one way to call it.
         raise Untraceable("its forward takes optional arguments")
     with _restored(module) as check:
         graphs = []
@@ -245,9 +247,11 @@ def rewrite(module: nn.Module, graph: fx.Graph) -> None:
 
 def _rewritten(cls: type, source: str, names: dict[str, Any]) -> type:
     scope = dict(names)
-    exec(compile(source, f"<forward of a fused {cls.__name__}>", "exec"), scope)
+    code = compile(source, f"<forward of a fused {cls.__name__}>", "exec")
+    exec(code, scope)
     forward = scope["forward"]
-    used = {name: names[name] for name in forward.__code__.co_names if name in names}
+    # Those of the annotations too.
+    used = {name: names[name] for name in (*code.co_names, *forward.__code__.co_names) if name in names}
     attributes = {
         "forward": forward, "_original": cls, "_source": source, "_names": used,
         "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
