@@ -14,6 +14,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+        # The tensors are too small to share between threads, and there is a process for every core.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
     # Tests of the autotuner switch it on, with a table of their own; all others neither wait for it nor use its table.
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 

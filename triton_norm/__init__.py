@@ -2,7 +2,9 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import autotune, functional
+from . import autotune, functional, models
+from .blocks import ConvNormAct
+from .fuse import fuse, fuse_report
 from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 
 try:
@@ -14,9 +16,13 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConvNormAct",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "autotune",
     "functional",
+    "fuse",
+    "fuse_report",
+    "models",
 ]

@@ -47,6 +47,11 @@ class _Fused(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _fused(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The module's own activation and padding, or those of this call."""
+        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
+        return {**own, **given} if given else own
+
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
         if self.activation is not None and "activation" not in self._modules:
@@ -77,7 +82,8 @@ class _BatchNorm(_Fused):
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
         self._check_input_dim(input)
         tracking = self.training and self.track_running_stats
         counter = self.num_batches_tracked if tracking else None
@@ -91,7 +97,7 @@ class _BatchNorm(_Fused):
         y = functional.batch_norm(
             input, running_mean, running_var, self.weight, self.bias,
             self.training or (running_mean is None and running_var is None), momentum, self.eps,
-            residual=residual, activation=self.activation, padding=self.padding, padding_mode=self.padding_mode,
+            residual=residual, **self._fused(fused),
         )  # fmt: skip
         if counter is not None:
             # Only now, so that a call that raised is not counted.
@@ -120,7 +126,8 @@ class _InstanceNorm(_Fused):
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         if input.size(0 if unbatched else 1) != self.num_features:
@@ -132,9 +139,11 @@ class _InstanceNorm(_Fused):
         y = functional.instance_norm(
             input, self.running_mean, self.running_var, self.weight, self.bias,
             self.training or not self.track_running_stats, 0.0 if self.momentum is None else self.momentum, self.eps,
-            residual=residual, activation=self.activation, padding=self.padding, padding_mode=self.padding_mode,
+            residual=residual, **self._fused(fused),
         )  # fmt: skip
-        return y.squeeze(0) if unbatched else y
+        if not unbatched:
+            return y
+        return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
 
 
 def _check_padding(padding: int | tuple[int, ...], mode: str, dims: int) -> None:

@@ -1,0 +1,645 @@
+"""``fuse``: the same numbers, the same state, fewer operations; and what it keeps its hands off."""
+
+import copy
+import functools
+import io
+import pickle
+
+import plain
+import pytest
+import torch
+import torch.nn.functional as F
+import twins
+from torch import nn
+
+import triton_norm as tn
+from bench.counting import counting
+from triton_norm import trace
+
+
+@pytest.fixture(autouse=True)
+def on_torch(monkeypatch):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
+
+
+def normal(*shape, seed=3):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fused_like(model, *inputs, inplace=False, steps=3):
+    """The fused model, checked against a copy of the plain one."""
+    twin = twins.randomize(model)
+    reference = copy.deepcopy(twin)
+    fused = tn.fuse(twin, inplace=inplace)
+    twins.check(fused, reference, *inputs, steps=steps, parameters=any(True for _ in model.parameters()))
+    return fused
+
+
+def conv(norm=nn.BatchNorm2d, channels=4):
+    return [nn.Conv2d(channels, channels, 3, padding=1), norm(channels)]
+
+
+class Apply(nn.Module):
+    """Layers as attributes, and a forward given as a function of them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.__dict__["function"] = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+# What is fused
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, nn.InstanceNorm2d, functools.partial(nn.InstanceNorm2d, affine=True)])
+def test_sequential(norm):
+    model = nn.Sequential(*conv(norm), nn.LeakyReLU(0.1, True), nn.ReplicationPad2d((1, 0, 2, 1)), *conv(norm))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert type(fused) is nn.Sequential
+    assert isinstance(fused[1], (tn.BatchNorm2d, tn.InstanceNorm2d))
+    assert fused[1].activation.negative_slope == 0.1
+    assert (fused[1].padding, fused[1].padding_mode) == ((1, 0, 2, 1), "replicate")
+    assert [type(m) for m in fused[2:4]] == [nn.Identity] * 2
+    assert type(fused[5]) in (tn.BatchNorm2d, tn.InstanceNorm2d)
+    report = tn.fuse_report(fused)
+    assert report.fused["1"].split(" + ")[1:] == ["LeakyReLU", "ReplicationPad2d"]
+    assert list(report.alone) == ["5"]
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["ReflectionPad", "ReplicationPad", "CircularPad", "ZeroPad", "ConstantPad"])
+def test_padding_layers(kind, dims):
+    pad = getattr(nn, f"{kind}{dims}d")
+    layers = [getattr(nn, f"Conv{dims}d")(2, 3, 1), getattr(nn, f"BatchNorm{dims}d")(3), nn.ReLU()]
+    model = nn.Sequential(*layers, pad(1, 0.0) if kind == "ConstantPad" else pad(1))
+    assert fused_like(model, normal(2, 2, *(4,) * dims), steps=1)[1].padding == 1
+
+
+@pytest.mark.parametrize(
+    "pad", [nn.ConstantPad2d(1, 2.0), nn.ZeroPad2d(-1), nn.ZeroPad1d(1)], ids=["value", "crop", "dims"]
+)
+def test_other_padding_layers_stay(pad):
+    fused = fused_like(nn.Sequential(*conv(), nn.ReLU(), pad), normal(2, 4, 5, 6), steps=1)
+    assert fused[1].padding == 0
+    assert type(fused[3]) is type(pad)
+
+
+ACTIVATIONS = {
+    "F.relu": lambda m, x: F.relu(m.norm(x)),
+    "torch.relu": lambda m, x: torch.relu(m.norm(x)),
+    "method": lambda m, x: m.norm(x).relu(),
+    "in place": lambda m, x: m.norm(x).relu_(),
+    "F in place": lambda m, x: F.relu(m.norm(x), True),
+    "leaky": lambda m, x: F.leaky_relu(m.norm(x), 0.3),
+    "keyword": lambda m, x: F.leaky_relu(m.norm(x), negative_slope=0.3, inplace=True),
+    "gelu": lambda m, x: F.gelu(m.norm(x), approximate="tanh"),
+    "hardtanh": lambda m, x: F.hardtanh(m.norm(x), -0.5, 0.7),
+    "softplus": lambda m, x: F.softplus(m.norm(x), beta=2),
+    "sigmoid": lambda m, x: torch.sigmoid(m.norm(x)),
+    "padded": lambda m, x: F.pad(F.elu(m.norm(x)), (1, 1, 1, 1), mode="reflect"),
+    "zeros": lambda m, x: F.pad(m.norm(x), (1, 0, 2, 0)),
+    "sum": lambda m, x: F.silu(m.norm(x) + x),
+    "sum from the left": lambda m, x: torch.add(x, m.norm(x)).tanh(),
+    "in-place sum": lambda m, x: m.norm(x).add_(x),
+    "two norms": lambda m, x: F.relu(m.norm(x) + m.other(x)),
+    "bn and its sum": lambda m, x: (lambda y: F.relu(y) + y)(m.norm(x) + x),
+    "padded and plain": lambda m, x: (lambda y: F.pad(y, (1, 1, 1, 1), "circular")[..., 1:-1, 1:-1] + y)(m.norm(x)),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_functions(name):
+    model = Apply(ACTIVATIONS[name], norm=nn.BatchNorm2d(4), other=nn.BatchNorm2d(4))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert isinstance(fused, Apply)
+    assert isinstance(fused, trace.Rewritten)
+    assert "+" in tn.fuse_report(fused).fused["norm" if name != "two norms" else "other"]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.norm(x) + 1,
+        lambda m, x: torch.add(m.norm(x), x, alpha=2),
+        lambda m, x: x.mul(2).add_(m.norm(x)),
+        lambda m, x: m.norm(x) - x,
+        lambda m, x: F.threshold(m.norm(x), 0.1, 0.0),
+        lambda m, x: F.pad(m.norm(x), (1, 1)),
+        lambda m, x: F.pad(m.norm(x), (1, 1, 1, 1), value=2.0),
+        lambda m, x: F.dropout(m.norm(x), 0.0, True),
+    ],
+)
+def test_other_functions_stay(function):
+    fused = fused_like(Apply(function, norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6), steps=1)
+    assert tn.fuse_report(fused).fused == {}
+    assert type(fused.norm) is tn.BatchNorm2d
+
+
+@pytest.mark.parametrize("addend", [normal(1, 4, 1, 1), normal(2, 4, 5, 6).float(), normal(6)])
+def test_a_sum_that_broadcasts(addend):
+    """Seen only at the call."""
+    model = Apply(lambda m, x: F.relu(m.norm(x) + m.addend), norm=nn.BatchNorm2d(4))
+    model.register_buffer("addend", addend)
+    twin = copy.deepcopy(model).double()
+    model.double()
+    model.addend = twin.addend = addend
+    fused = tn.fuse(model)
+    torch.testing.assert_close(fused(normal(2, 4, 5, 6)), twin(normal(2, 4, 5, 6)))
+    assert "add" in tn.fuse_report(fused).fused["norm"]
+
+
+def test_prelu_keeps_its_key():
+    fused = fused_like(nn.Sequential(*conv(), nn.PReLU(4), nn.ReflectionPad2d(1)), normal(2, 4, 5, 6))
+    assert "2.weight" in fused.state_dict()
+    assert tn.fuse_report(fused).fused["1"] == "BatchNorm2d + PReLU + ReflectionPad2d"
+
+
+NETWORKS = {
+    "resnet18": lambda: plain.resnet18(3, 5, stem_width=4, widths=(4, 6, 8, 10)),
+    "resnet50": lambda: plain.resnet50(3, 5, stem_width=4, widths=(4, 4, 4, 4)),
+    "generator": lambda: plain.ResnetGenerator(3, 2, 4, nn.InstanceNorm2d, n_blocks=2),
+    "generator, batch": lambda: plain.ResnetGenerator(3, 2, 4, n_blocks=2, padding_type="replicate", use_dropout=True),
+    "unet": lambda: plain.UnetGenerator(3, 2, 5, 4),
+    "discriminator": lambda: plain.NLayerDiscriminator(3, 4),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks(name):
+    fused = fused_like(NETWORKS[name](), normal(2, 3, 32, 32))
+    report = tn.fuse_report(fused)
+    assert report.left == {}
+    if name.startswith("resnet"):
+        assert type(fused).__mro__[1] is not trace.Rewritten or name == ""
+        assert isinstance(fused.layer1[0], (plain.BasicBlock, plain.Bottleneck))
+        assert report.fused["layer2.0.bn2" if name == "resnet18" else "layer2.0.bn3"].endswith("iadd + ReLU")
+        assert set(report.alone) == {f"layer{i}.0.downsample.1" for i in range(2 - (name == "resnet50"), 5)}
+    if name == "generator":
+        assert report.alone == {}
+
+
+def test_a_fused_cyclegan_block_is_two_launches(monkeypatch):
+    """The whole generator: one launch a norm, and no padding but those of tensors that no norm wrote."""
+    from test_blocks import Operators
+
+    model = plain.ResnetGenerator(1, 1, 2, nn.InstanceNorm2d, n_blocks=2)
+    x = torch.randn(1, 1, 8, 8)
+    want = model(x)
+    fused = tn.fuse(model)
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    with counting() as count, Operators() as operators, torch.no_grad():
+        y = fused(x)
+    torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
+    assert len(count.launches) == sum(isinstance(m, nn.InstanceNorm2d) for m in model.modules())
+    assert operators.separate() == ["aten::reflection_pad2d"]
+
+
+def test_small_model_in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    fused_like(plain.BasicBlock(3, 3), normal(2, 3, 4, 5), steps=1)
+
+
+# What does not trace
+
+
+def test_control_flow_that_depends_on_data():
+    def forward(m, x):
+        if x.sum() > 1e9:
+            return x
+        return F.relu(m.norm(m.body(x)))
+
+    model = Apply(forward, body=nn.Sequential(*conv(), nn.ReLU(True), nn.ReflectionPad2d(1)), norm=nn.BatchNorm2d(4))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert type(fused) is Apply
+    assert fused.body[1].padding == 1
+    assert type(fused.norm) is tn.BatchNorm2d
+    report = tn.fuse_report(fused)
+    assert "cannot trace" in report.left[""]
+    assert list(report.alone) == ["norm"]
+
+
+def test_traceable_parts_of_a_model_that_is_not():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = plain.BasicBlock(4, 4)
+
+        def forward(self, x):
+            for _ in range(int(x.shape[0])):
+                x = self.block(x)
+            return x
+
+    fused = fused_like(Loop(), normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused["block.bn2"] == "BatchNorm2d + iadd + ReLU"
+
+
+@pytest.mark.parametrize(
+    ("forward", "reason"),
+    [
+        (lambda m, x: F.dropout(F.relu(m.norm(x)), 0.5, m.training), "training"),
+        (lambda m, x: F.relu(m.norm(x)) if torch.rand(()) < 2 else x, "random"),
+        (lambda m, x: (m.__dict__.update(seen=x), F.relu(m.norm(x)))[1], "attributes"),
+        (lambda m, x: (m.tape.append(x), F.relu(m.norm(x)))[1], "attributes"),
+    ],
+    ids=["training", "random", "attribute", "list"],
+)
+def test_forwards_that_say_more_than_their_trace(forward, reason):
+    model = Apply(forward, norm=nn.BatchNorm2d(4))
+    model.__dict__["tape"] = []
+    fused = tn.fuse(model)
+    assert reason in tn.fuse_report(fused).left[""]
+    assert type(fused) is Apply
+    assert fused.tape == []
+    assert "seen" not in fused.__dict__
+    assert fused.training
+    fused(torch.randn(2, 4, 5, 6))
+
+
+def test_optional_arguments():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm2d(4)
+
+        def forward(self, x, skip=None):
+            y = self.norm(x)
+            return F.relu(y if skip is None else y + skip)
+
+    fused = fused_like(Optional(), normal(2, 4, 5, 6))
+    assert "optional arguments" in tn.fuse_report(fused).left[""]
+    x = normal(2, 4, 5, 6)
+    torch.testing.assert_close(fused(x, x), F.relu(fused.norm(x) + x))
+
+
+# Kept correct, or left alone
+
+
+def test_an_activation_used_in_two_places():
+    model = Apply(lambda m, x: m.act(m.a(m.act(x))), a=nn.BatchNorm2d(4), act=nn.SiLU())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert type(fused.act) is nn.SiLU
+    shared = nn.ReLU()
+    fused = fused_like(nn.Sequential(*conv(), shared, *conv(), shared, nn.Conv2d(4, 4, 1), shared), normal(2, 4, 5, 6))
+    assert fused[2] is fused[5] is fused[7]
+    assert len(tn.fuse_report(fused).fused) == 2
+
+
+def test_a_result_that_is_also_read_before_the_activation():
+    model = Apply(lambda m, x: (lambda y: m.act(y) + y)(m.norm(x)), norm=nn.BatchNorm2d(4), act=nn.SiLU())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused == {}
+    assert "2 places" in tn.fuse_report(fused).alone["norm"]
+
+
+def test_an_in_place_sum_of_a_result_that_is_read_again():
+    def forward(m, x):
+        y = m.norm(x)
+        z = y
+        y += x
+        return F.relu(y) + 2 * z
+
+    fused = fused_like(Apply(forward, norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused["norm"] == "BatchNorm2d + iadd"
+
+
+@pytest.mark.parametrize("order", ["skip after", "skip before"])
+def test_an_in_place_activation_whose_result_a_skip_reads(order):
+    def forward(m, x):
+        y = m.norm(x)
+        if order == "skip after":
+            z = m.body(m.act(y))
+            return torch.cat([y, z], 1)  # reads what the activation wrote
+        z = m.body(y)
+        return torch.cat([z.detach() * 2, m.act(y)], 1)
+
+    model = Apply(forward, norm=nn.BatchNorm2d(4), act=nn.LeakyReLU(0.2, True), body=nn.AvgPool2d(3, 1, 1))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert type(fused.act) is (nn.Identity if order == "skip after" else nn.LeakyReLU)
+
+
+def test_an_in_place_operation_on_the_norm_s_input():
+    """In evaluation without gradients this is allowed, and the sum must not see it too early."""
+
+    def forward(m, x):
+        x = x * 1
+        y = m.norm(x)
+        x.relu_()
+        return y + x
+
+    model = twins.randomize(Apply(forward, norm=nn.BatchNorm2d(4))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tn.fuse(model)(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
+
+
+def test_an_in_place_operation_between_a_tensor_and_its_padding():
+    def forward(m, x):
+        y = m.norm(x)
+        z = y + 1
+        y.view(-1)[0:2].zero_()
+        return F.pad(y, (1, 1, 1, 1), "reflect")[..., 1:-1, 1:-1] + z + y
+
+    model = twins.randomize(Apply(forward, norm=nn.BatchNorm2d(4))).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(tn.fuse(model)(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
+
+
+def test_hooks_on_a_norm():
+    seen = []
+    model = nn.Sequential(*conv(), nn.ReLU(), *conv(), nn.ReLU())
+    model[1].register_forward_hook(lambda m, args, y: seen.append(y.detach().clone()))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert type(fused[1]) is nn.BatchNorm2d
+    assert tn.fuse_report(fused).left == {"1": "it has hooks"}
+    assert seen[-1].min() < 0
+    assert fused[4].activation is not None
+
+
+@pytest.mark.parametrize("where", ["act", "pad", "block", "root"])
+def test_hooks_elsewhere_still_run(where):
+    block = plain.ResnetBlock(4, "reflect", nn.InstanceNorm2d, False, True)
+    model = nn.Sequential(*conv(), nn.ReLU(), nn.ReflectionPad2d(1), block, block.conv_block[3])
+    calls = []
+    hooked = {"act": model[2], "pad": model[3], "block": block, "root": model}[where]
+    handle = hooked.register_forward_hook(lambda m, args, y: calls.append(y.detach().clone()))
+    twins.randomize(model)
+    x = normal(2, 4, 5, 6)
+    model(x)
+    fused = tn.fuse(model)
+    fused(x)
+    assert len(calls) == 2
+    torch.testing.assert_close(*calls)
+    handle.remove()
+    model(x)
+    assert len(calls) == 2
+
+
+def test_hooks_stay_removable_in_place():
+    model = nn.Sequential(*conv(), nn.ReLU())
+    handle = model[1].register_load_state_dict_pre_hook(lambda *args: pytest.fail("removed"))
+    fused = tn.fuse(model, inplace=True)
+    handle.remove()
+    fused.load_state_dict(fused.state_dict())
+
+
+def test_shared_norms_and_layers():
+    norm, act = nn.BatchNorm2d(4), nn.ReLU()
+    fused = fused_like(nn.Sequential(nn.Conv2d(4, 4, 1), norm, act, nn.Conv2d(4, 4, 1), norm, act), normal(2, 4, 5, 6))
+    assert fused[1] is fused[4]
+    assert type(fused[1]) is tn.BatchNorm2d
+    assert fused[1].activation is None
+    assert "shared" in tn.fuse_report(fused).alone["1"]
+    a, b = nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+    b.weight = a.weight
+    fused = fused_like(nn.Sequential(a, nn.ReLU(), b, nn.ReLU()), normal(2, 4, 5, 6))
+    assert fused[0].weight is fused[2].weight
+
+
+def test_one_norm_called_twice():
+    fused = fused_like(
+        Apply(lambda m, x: F.relu(m.norm(F.relu(m.norm(x)))), norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6)
+    )
+    assert tn.fuse_report(fused).fused == {}
+
+
+def test_only_exact_types():
+    class Mine(nn.BatchNorm2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Act(nn.ReLU):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    lazy = nn.Sequential(nn.LazyBatchNorm2d(), nn.ReLU())
+    fused = tn.fuse(lazy)
+    assert type(fused[0]) is nn.LazyBatchNorm2d
+    assert "LazyBatchNorm2d" in tn.fuse_report(fused).left["0"]
+    sync = tn.fuse(nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU()))
+    assert type(sync[0]) is nn.SyncBatchNorm
+    assert "SyncBatchNorm" in tn.fuse_report(sync).left["0"]
+    fused = fused_like(nn.Sequential(Mine(4), nn.ReLU(), nn.BatchNorm2d(4), Act()), normal(2, 4, 5, 6))
+    assert type(fused[0]) is Mine
+    assert fused[2].activation is None
+
+
+def test_parametrized_norm():
+    norm = nn.BatchNorm2d(4)
+    nn.utils.parametrize.register_parametrization(norm, "weight", nn.Softplus())
+    model = nn.Sequential(norm, nn.ReLU()).double()
+    fused = tn.fuse(model)
+    torch.testing.assert_close(fused(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
+    assert type(fused[1]) is nn.ReLU
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+def test_scripted_modules_stay():
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()))
+    model = nn.Sequential(*conv(), nn.ReLU())
+    model.append(scripted)
+    fused = tn.fuse(model, inplace=True)
+    assert fused[3] is scripted
+    assert fused[1].activation is not None
+    fused(torch.randn(2, 4, 5, 6))
+
+
+def test_quantized_norm_stays():
+    from torch.ao.nn.quantized import BatchNorm2d
+
+    fused = tn.fuse(nn.Sequential(BatchNorm2d(4), nn.ReLU()))
+    assert type(fused[0]) is BatchNorm2d
+
+
+@pytest.mark.parametrize("cls", [nn.LayerNorm, nn.GroupNorm])
+def test_other_norms_compute_the_same(cls):
+    norm = nn.GroupNorm(2, 4) if cls is nn.GroupNorm else nn.LayerNorm((5, 6))
+    fused = fused_like(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm, nn.ReLU()), normal(2, 4, 5, 6))
+    assert isinstance(fused[1], cls)
+
+
+# Around it
+
+
+def test_copy_and_in_place():
+    model = nn.Sequential(*conv(), nn.ReLU(), plain.BasicBlock(4, 4)).eval()
+    fused = tn.fuse(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert type(model[2]) is nn.ReLU
+    assert type(model[3]) is plain.BasicBlock
+    assert all(a is b for a, b in zip(fused.parameters(), model.parameters(), strict=True))
+    assert all(a is b for a, b in zip(fused.buffers(), model.buffers(), strict=True))
+    assert not any(m.training for m in fused.modules())
+    assert tn.fuse(model, inplace=True) is model
+    assert type(model[1]) is tn.BatchNorm2d
+    assert isinstance(model[3], plain.BasicBlock)
+
+
+def test_a_norm_by_itself():
+    fused = tn.fuse(nn.BatchNorm2d(4))
+    assert type(fused) is tn.BatchNorm2d
+    assert str(tn.fuse_report(fused)).startswith("Replaced, with nothing to fuse (1):\n  (the model): BatchNorm2d")
+
+
+def test_modes_requires_grad_and_dtype_are_kept():
+    model = nn.Sequential(*conv(), nn.ReLU())
+    model[1].eval().requires_grad_(False)
+    fused = tn.fuse(model.double())
+    assert (fused.training, fused[1].training, fused[0].training) == (True, False, True)
+    assert not fused[1].weight.requires_grad
+    fused.train().half()
+    assert fused[1].weight.dtype == torch.float16
+
+
+def test_report():
+    class Other(nn.BatchNorm2d):
+        pass
+
+    model = nn.Sequential(*conv(), nn.ReLU(), plain.BasicBlock(4, 4), nn.BatchNorm2d(4), nn.Dropout(), Other(4))
+    text = str(tn.fuse_report(tn.fuse(model)))
+    assert text.splitlines() == [
+        "Fused (3):",
+        "  1: BatchNorm2d + ReLU",
+        "  3.bn2: BatchNorm2d + iadd + ReLU",
+        "  3.bn1: BatchNorm2d + ReLU",
+        "Replaced, with nothing to fuse (1):",
+        "  4: BatchNorm2d, followed by Dropout",
+        "With a forward of the fused calls (1):",
+        "  3: BasicBlock",
+        "Left alone (1):",
+        "  6: Other is no norm of torch.nn that this package fuses",
+    ]
+    # What it would be, of a model that has not been fused, and which stays so.
+    assert str(tn.fuse_report(model)) == text
+    assert type(model[1]) is nn.BatchNorm2d
+    assert str(tn.fuse_report(nn.Linear(1, 1))) == "No norms."
+
+
+def test_fused_models_are_copied_saved_and_fused_again():
+    model = plain.ResnetGenerator(1, 1, 2, nn.InstanceNorm2d, n_blocks=2).double()
+    x = normal(1, 1, 8, 8)
+    fused = tn.fuse(model)
+    file = io.BytesIO()
+    torch.save(fused, file)
+    file.seek(0)
+    for other in (
+        copy.deepcopy(fused), pickle.loads(pickle.dumps(fused)), torch.load(file, weights_only=False), tn.fuse(fused),
+    ):  # fmt: skip
+        torch.testing.assert_close(other(x), model(x))
+        assert isinstance(other.model, trace.Rewritten)
+        assert list(other.state_dict()) == list(model.state_dict())
+    other = copy.deepcopy(fused)
+    with torch.no_grad():
+        other.model[1].weight.zero_()
+    torch.testing.assert_close(fused(x), model(x))
+    block = tn.fuse(plain.BasicBlock(3, 3).double())
+    torch.testing.assert_close(pickle.loads(pickle.dumps(block))(normal(2, 3, 4, 4)), block(normal(2, 3, 4, 4)))
+    # A slice is a model of its own.
+    torch.testing.assert_close(fused.model[:4](x), model.model[:4](x))
+    with pytest.raises(TypeError, match=r"before tn\.fuse"):
+        fused.model.append(nn.ReLU())
+
+
+def test_fused_model_compiles():
+    model = plain.BasicBlock(4, 4).double()
+    fused = torch.compile(tn.fuse(model), backend="eager", fullgraph=True)
+    torch.testing.assert_close(fused(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
+
+
+# Inference
+
+
+@pytest.mark.parametrize("name", [*NETWORKS, "transposed", "untraceable", "our resnet18", "ConvNormAct"])
+def test_inference(name):
+    models = {
+        **NETWORKS,
+        "transposed": lambda: nn.Sequential(nn.ConvTranspose2d(3, 4, 3, 2), nn.BatchNorm2d(4), nn.Hardswish()),
+        "untraceable": lambda: Apply(
+            lambda m, x: m.body(x) if x.sum() < 1e9 else x,
+            body=nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ReflectionPad2d(1)),
+        ),
+        "our resnet18": lambda: tn.models.resnet18(3, 5, stem_width=4, widths=(4, 6, 8, 10)),
+        "ConvNormAct": lambda: nn.Sequential(tn.ConvNormAct(3, 4, 3, norm="batch", pad_output=1)),
+    }
+    model = twins.randomize(models[name]()).eval()
+    before = copy.deepcopy(model.state_dict())
+    fused = tn.fuse(model, inference=True)
+    x = normal(1, 3, 64, 32)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-9, atol=1e-9)
+    assert all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
+    report = tn.fuse_report(fused)
+    if name != "generator":  # that one has instance norms
+        assert report.folded
+        left = [m for m in fused.modules() if isinstance(m, nn.BatchNorm2d)]
+        # The innermost norms of the U-Net follow other layers' convolutions one by one, as everywhere.
+        assert left == []
+
+
+def test_inference_keeps_residual_and_activation_in_one_pass(monkeypatch):
+    model = plain.BasicBlock(3, 3).eval()
+    x = torch.randn(2, 3, 4, 5)
+    want = model(x)
+    fused = tn.fuse(model, inference=True)
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    with counting() as count, torch.no_grad():
+        torch.testing.assert_close(fused(x), want, atol=1e-5, rtol=1e-5)
+    assert len(count.launches) == 1
+
+
+def test_inference_after_training_fused():
+    model = twins.randomize(plain.BasicBlock(4, 4))
+    fused = tn.fuse(model)
+    fused(normal(2, 4, 5, 6))
+    fused.eval()
+    deployed = tn.fuse(fused, inference=True)
+    torch.testing.assert_close(deployed(normal(2, 4, 5, 6)), fused(normal(2, 4, 5, 6)))
+    assert len(tn.fuse_report(deployed).folded) == 2
+
+
+def test_inference_refuses_training_mode():
+    with pytest.raises(ValueError, match=r"call model\.eval\(\) first") as error:
+        tn.fuse(nn.Sequential(*conv()), inference=True)
+    assert "\n" not in str(error.value)
+
+
+def test_inference_leaves_what_it_cannot_fold():
+    shared = nn.Conv2d(4, 4, 1)
+    hooked = nn.Conv2d(4, 4, 1)
+    hooked.register_forward_hook(lambda m, args, y: None)
+    grouped = nn.ConvTranspose2d(4, 4, 2, groups=2)
+    without = nn.BatchNorm2d(4, track_running_stats=False)
+    model = nn.Sequential(
+        shared,
+        nn.BatchNorm2d(4),
+        shared,
+        hooked,
+        nn.BatchNorm2d(4),
+        grouped,
+        nn.BatchNorm2d(4),
+        nn.Conv2d(4, 4, 1),
+        without,
+    )
+    twins.randomize(model).eval()
+    fused = tn.fuse(model, inference=True)
+    torch.testing.assert_close(fused(normal(2, 4, 5, 6)), model(normal(2, 4, 5, 6)))
+    assert tn.fuse_report(fused).folded == {}
+
+
+OURS = {
+    "generator": lambda: tn.models.ResnetGenerator(3, 2, 4, n_blocks=2),
+    "generator, group": lambda: tn.models.ResnetGenerator(3, 2, 4, functools.partial(nn.GroupNorm, 2), n_blocks=2),
+    "unet": lambda: tn.models.UnetGenerator(3, 2, 5, 2),
+    "discriminator": lambda: tn.models.NLayerDiscriminator(3, 4),
+    "resnet50": lambda: tn.models.resnet50(3, 5, stem_width=4, widths=(4, 4, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference"])
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_networks_compute_the_same(name, inference):
+    model = twins.randomize(OURS[name]()).eval()
+    x = normal(2, 3, 32, 32)
+    torch.testing.assert_close(tn.fuse(model, inference)(x), model(x), rtol=1e-9, atol=1e-9)

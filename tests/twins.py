@@ -1,0 +1,59 @@
+"""Compares a model with its plain PyTorch twin in float64: three training steps, evaluation, state."""
+
+import torch
+from torch import nn
+
+TOLERANCE = {"atol": 1e-9, "rtol": 1e-7}
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """float64, with parameters and running statistics that hide nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    model.double()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype)
+            p.copy_(
+                1 + 0.3 * noise if p.dim() == 1 and name.endswith("weight") else noise / max(1, p[0].numel()) ** 0.5
+            )
+        for name, b in model.named_buffers():
+            if name.endswith("running_mean"):
+                b.copy_(torch.randn(b.shape, generator=generator) * 0.3)
+            elif name.endswith("running_var"):
+                b.copy_(torch.rand(b.shape, generator=generator) + 0.5)
+    return model
+
+
+def check(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor, steps: int = 3, parameters: bool = True) -> None:
+    """Outputs and all gradients in ``steps`` SGD steps, then evaluation and the whole state, running statistics too."""
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    ours.double().load_state_dict(theirs.state_dict())
+    models = (ours, theirs)
+    for model in models:
+        model.train()
+    optimizers = [torch.optim.SGD(m.parameters(), 1e-3) if parameters else None for m in models]
+    for step in range(steps):
+        outputs, gradients = [], []
+        for model, optimizer in zip(models, optimizers, strict=True):
+            torch.manual_seed(step)  # for dropout
+            leaves = [x.clone().requires_grad_() for x in inputs]
+            y = model(*(x * 1.0 for x in leaves))
+            direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(step), dtype=y.dtype)
+            model.zero_grad()
+            (y * direction).sum().backward()
+            outputs.append(y.detach())
+            gradients.append([x.grad for x in leaves] + [p.grad for p in model.parameters()])
+            if optimizer is not None:
+                for p in (p for p in model.parameters() if p.grad is not None):
+                    # Steps of one size keep the twins comparable, however steep the network.
+                    p.grad /= p.grad.norm() + 1.0
+                optimizer.step()
+        torch.testing.assert_close(*outputs, **TOLERANCE)
+        for a, b in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, b, **TOLERANCE)
+    for a, b in zip(*(m.state_dict().values() for m in models), strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+    for model in models:
+        model.eval()
+    torch.testing.assert_close(ours(*inputs), theirs(*inputs), **TOLERANCE)
+    theirs.load_state_dict(ours.state_dict())

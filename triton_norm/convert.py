@@ -1,0 +1,184 @@
+"""One norm at a time: torch's into ours with shared parameters, and any norm called with the fused extras."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, modules, reference
+from .kernels.activations import resolve
+
+__all__ = ["Elementwise", "absorb", "activation_of", "fuse_neighbours", "normalize", "padding_of", "to_ours"]
+
+#: torch's norms and their fused namesakes. Exact types: what a subclass computes is its own business.
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(nn, name): getattr(modules, name)
+    for name in (*(f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)), "GroupNorm")
+    if hasattr(modules, name)
+}
+
+_PADS = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros"}
+_PAD_MODES: dict[type[nn.Module], tuple[str, int]] = {
+    getattr(nn, f"{name}{n}d"): (mode, n) for name, mode in {**_PADS, "ConstantPad": "zeros"}.items() for n in (1, 2, 3)
+}
+
+
+class Elementwise(nn.Module):
+    """``pad(activation(x + residual))`` in one pass, called like a norm: what is left where there is none.
+
+    For x (N, C, *spatial) or, unbatched, (C, *spatial) with ``dims`` spatial dims.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        dims: int,
+        activation: None | str | nn.Module = None,
+        padding: int | tuple[int, ...] = 0,
+        padding_mode: str = "reflect",
+    ) -> None:
+        super().__init__()
+        resolve(activation)
+        modules._check_padding(padding, padding_mode, dims)
+        self._dims = dims
+        self.activation = activation
+        self.padding = padding
+        self.padding_mode = padding_mode
+        # The kernel is that of a batch norm whose statistics do nothing; settings rather than state.
+        self.register_buffer("_mean", torch.zeros(num_features), persistent=False)
+        self.register_buffer("_var", torch.ones(num_features), persistent=False)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor | tuple[Tensor, Tensor]:
+        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
+        own.update(fused)
+        if residual is None and own["padding"] == 0 and not own.get("return_unpadded"):
+            # Nothing to fuse: at most one operation.
+            return resolve(own["activation"])(input)
+        if input.dim() == self._dims + 1:
+            y = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), **fused)
+            return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
+        # 1 + 1e-30 is 1.
+        return functional.batch_norm(input, self._mean, self._var, eps=1e-30, residual=residual, **own)
+
+    def extra_repr(self) -> str:
+        parts = [] if self.activation is None or "activation" in self._modules else [f"activation={self.activation!r}"]
+        if self.padding != 0:
+            parts.append(f"padding={self.padding}, padding_mode={self.padding_mode!r}")
+        return ", ".join(parts)
+
+
+def to_ours(norm: nn.Module) -> nn.Module | None:
+    """``norm`` as our class, with the same parameters, buffers, hooks and attributes; None if we have no such class."""
+    if type(norm) in OURS.values() or type(norm) is Elementwise:
+        return norm
+    cls = OURS.get(type(norm))
+    if cls is None:
+        return None
+    ours = cls.__new__(cls)
+    # The dictionaries themselves are shared, so that the handle of a hook still removes it.
+    ours.__dict__.update(norm.__dict__, activation=None, padding=0, padding_mode="reflect")
+    return ours
+
+
+def is_plain(norm: nn.Module) -> bool:
+    """Whether nothing has been fused into this norm of ours yet."""
+    return norm.activation is None and norm.padding == 0
+
+
+def dims_of(norm: nn.Module) -> int | None:
+    """How many spatial dims the norm expects; None for any number."""
+    return getattr(norm, "_dims", None) or next((n for n in (1, 2, 3) if type(norm).__name__.endswith(f"{n}d")), None)
+
+
+def activation_of(layer: nn.Module) -> nn.Module | None:
+    """The layer if its value can be fused, else None."""
+    try:
+        resolve(layer)
+    except ValueError:
+        return None
+    return layer
+
+
+def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...], str] | None:
+    """``(padding, padding_mode)`` of one of torch's padding layers over ``dims`` dims (None: any), else None."""
+    mode, n = _PAD_MODES.get(type(layer), (None, None))
+    if mode is None or n != (dims or n) or getattr(layer, "value", 0) != 0:
+        return None
+    return tidy_padding(layer.padding, n, mode)
+
+
+def tidy_padding(sides: Sequence[int], dims: int, mode: str) -> tuple[int | tuple[int, ...], str] | None:
+    """The same, of torch's (left, right, ...) over ``dims`` dims; None where it crops."""
+    if len(sides) != 2 * dims or not all(isinstance(p, int) and p >= 0 for p in sides):
+        return None
+    return (sides[0] if len(set(sides)) == 1 else tuple(sides)), mode
+
+
+def absorb(
+    norm: nn.Module, activation: nn.Module | None, padding: tuple[int | tuple[int, ...], str] | None
+) -> nn.Module:
+    """Our plain ``norm``, from here on with this activation and padding."""
+    if activation is not None:
+        # A setting, as in the constructor; an activation with parameters is never absorbed.
+        norm.__dict__["activation"] = activation
+    if padding is not None:
+        norm.padding, norm.padding_mode = padding
+    return norm
+
+
+def fuse_neighbours(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """The layers of a new ``nn.Sequential`` with every [norm, activation, padding] run in its norm.
+
+    What a norm took in is replaced by ``nn.Identity``, so that indices and keys stay. Norms that are not torch's or
+    ours, and activations with parameters of their own, stay as they are.
+    """
+    fused = list(layers)
+    for i, layer in enumerate(fused):
+        norm = to_ours(layer)
+        if norm is None or isinstance(norm, Elementwise) or not is_plain(norm):
+            continue
+        fused[i] = norm
+        activation = pad = None
+        end = i + 1
+        if end < len(fused) and has_fixed_activation(fused[end]):
+            activation = fused[end]
+            end += 1
+        if end < len(fused):
+            pad = padding_of(fused[end], dims_of(norm))
+            end += pad is not None
+        absorb(norm, activation, pad)
+        fused[i + 1 : end] = [nn.Identity() for _ in range(i + 1, end)]
+    return fused
+
+
+def has_fixed_activation(layer: nn.Module) -> bool:
+    """Whether the layer is an activation that no ``state_dict`` would miss."""
+    return activation_of(layer) is not None and not isinstance(layer, nn.PReLU)
+
+
+def normalize(
+    norm: nn.Module,
+    x: Tensor,
+    residual: Tensor | None = None,
+    activation: None | str | nn.Module = None,
+    padding: int | tuple[int, ...] = 0,
+    padding_mode: str = "reflect",
+    return_unpadded: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other."""
+    if isinstance(norm, (modules._Fused, Elementwise)):
+        return norm(
+            x, residual, activation=activation, padding=padding, padding_mode=padding_mode,
+            return_unpadded=return_unpadded,
+        )  # fmt: skip
+    y = norm(x)
+    return finish(resolve(activation)(y if residual is None else y + residual), padding, padding_mode, return_unpadded)
+
+
+def finish(
+    y: Tensor, padding: int | tuple[int, ...], padding_mode: str, return_unpadded: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The padding alone."""
+    padded = y if padding == 0 else reference.pad(y, padding, padding_mode)
+    return (padded, y) if return_unpadded else padded

@@ -1,0 +1,220 @@
+"""Image-to-image generators and the PatchGAN discriminator.
+
+Constructor arguments, layer order and ``state_dict`` keys are those of junyanz/pytorch-CycleGAN-and-pix2pix. Layers
+that a norm took in are ``nn.Identity``, so that the numbers in the keys stay.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.instancenorm import _InstanceNorm
+
+from ..blocks import NormLayer, ResnetBlock
+from ..convert import absorb, fuse_neighbours, is_plain, normalize, to_ours
+from ..modules import BatchNorm2d
+
+__all__ = ["NLayerDiscriminator", "ResnetGenerator", "UnetGenerator"]
+
+
+def _wants_bias(norm_layer: NormLayer) -> bool:
+    """Whether published checkpoints have biases beside this norm: they do beside instance norms, which have none."""
+    made_by = norm_layer.func if isinstance(norm_layer, functools.partial) else norm_layer
+    return isinstance(made_by, type) and issubclass(made_by, _InstanceNorm)
+
+
+class ResnetGenerator(nn.Module):
+    """Two downsampling convolutions, ``n_blocks`` residual blocks, two upsampling ones; (N, C, H, W), H and W by 4.
+
+    ``norm_layer`` is a norm's class or a ``functools.partial`` of one; ``padding_type`` of the residual blocks is
+    "reflect", "replicate" or "zero". ``decoder`` is "transposed" for transposed convolutions, or "upsample" for
+    bilinear upsampling before a reflect-padded convolution.
+
+    The norm before the first block and each block's second norm write the next block's padded input and the plain
+    tensor for its skip in one pass.
+    """
+
+    def __init__(
+        self, input_nc: int, output_nc: int, ngf: int = 64, norm_layer: NormLayer = BatchNorm2d,
+        use_dropout: bool = False, n_blocks: int = 6, padding_type: str = "reflect", *, decoder: str = "transposed",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if decoder not in ("transposed", "upsample"):
+            raise ValueError(f"unknown decoder {decoder!r}: expected 'transposed' or 'upsample'")
+        if n_blocks < 0:
+            raise ValueError(f"n_blocks must not be negative, but got {n_blocks}")
+        bias = _wants_bias(norm_layer)
+
+        def finish(channels: int) -> list[nn.Module]:
+            return [norm_layer(channels), nn.ReLU()]
+
+        down: list[nn.Module] = [nn.ReflectionPad2d(3), nn.Conv2d(input_nc, ngf, 7, bias=bias), *finish(ngf)]
+        for width in (ngf, 2 * ngf):
+            down += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1, bias=bias), *finish(2 * width)]
+        blocks = [ResnetBlock(4 * ngf, padding_type, norm_layer, use_dropout, bias) for _ in range(n_blocks)]
+        up: list[nn.Module] = []
+        for width in (4 * ngf, 2 * ngf):
+            if decoder == "transposed":
+                up.append(nn.ConvTranspose2d(width, width // 2, 3, 2, padding=1, output_padding=1, bias=bias))
+            else:
+                # The convolution has a bias beside any norm, as in published checkpoints.
+                up += [
+                    nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+                    nn.ReflectionPad2d(1),
+                    nn.Conv2d(width, width // 2, 3),
+                ]
+            up += finish(width // 2)
+        up += [nn.ReflectionPad2d(3), nn.Conv2d(ngf, output_nc, 7), nn.Tanh()]
+        # The decoder is fused apart from the blocks before it: what they need is asked for in forward.
+        self.model = nn.Sequential(*fuse_neighbours(down), *blocks, *fuse_neighbours(up))
+        self._blocks = (len(down), len(down) + n_blocks)
+
+    def forward(self, input: Tensor) -> Tensor:
+        first, last = self._blocks
+        layers = list(self.model)
+        blocks = layers[first:last]
+        x: Any = input
+        for layer in layers[: first - 2]:
+            x = layer(x)
+        x = self._enter(*layers[first - 2 : first], x, blocks)
+        for i, block in enumerate(blocks):
+            x = block(x, pad_output=i + 1 < len(blocks))
+        for layer in layers[last:]:
+            x = layer(x)
+        return x
+
+    @staticmethod
+    def _enter(norm: nn.Module, activation: nn.Module, x: Tensor, blocks: list[nn.Module]) -> Any:
+        """The last downsampling norm and its activation, padded for the first block."""
+        if not blocks or not isinstance(activation, nn.Identity):
+            return activation(norm(x))
+        padding, mode = blocks[0].padding, blocks[0].padding_mode
+        return normalize(norm, x, None, norm.activation, padding, mode, return_unpadded=True)
+
+
+class UnetGenerator(nn.Module):
+    """An encoder of ``num_downs`` strided convolutions and a decoder with skips; 2 ** num_downs pixels become 1x1.
+
+    x is (N, input_nc, H, W) with H and W divisible by 2 ** num_downs; ``num_downs`` is at least 5. ``use_dropout``
+    drops half of the decoder's innermost full-width layers.
+    """
+
+    def __init__(
+        self, input_nc: int, output_nc: int, num_downs: int, ngf: int = 64, norm_layer: NormLayer = BatchNorm2d,
+        use_dropout: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        if num_downs < 5:
+            raise ValueError(f"num_downs must be at least 5, but got {num_downs}")
+        block = UnetSkipConnectionBlock(8 * ngf, 8 * ngf, norm_layer=norm_layer, innermost=True)
+        for _ in range(num_downs - 5):
+            block = UnetSkipConnectionBlock(
+                8 * ngf, 8 * ngf, None, block, norm_layer=norm_layer, use_dropout=use_dropout
+            )
+        for width in (4 * ngf, 2 * ngf, ngf):
+            block = UnetSkipConnectionBlock(width, 2 * width, None, block, norm_layer=norm_layer)
+        self.model = UnetSkipConnectionBlock(output_nc, ngf, input_nc, block, outermost=True, norm_layer=norm_layer)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)
+
+
+class UnetSkipConnectionBlock(nn.Module):
+    """One level of the U-Net around the next deeper one, ``submodule``: ``cat(x, up(submodule(down(x))))``.
+
+    The LeakyReLU at the entrance works in place, so the skip carries the activated tensor. It belongs to the norm of
+    the level around this one, where there is such a norm.
+    """
+
+    def __init__(
+        self, outer_nc: int, inner_nc: int, input_nc: int | None = None, submodule: nn.Module | None = None,
+        outermost: bool = False, innermost: bool = False, norm_layer: NormLayer = BatchNorm2d,
+        use_dropout: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.outermost = outermost
+        bias = _wants_bias(norm_layer)
+        down = nn.Conv2d(outer_nc if input_nc is None else input_nc, inner_nc, 4, 2, 1, bias=bias)
+        up = nn.ConvTranspose2d(
+            inner_nc if innermost else 2 * inner_nc, outer_nc, 4, 2, 1, bias=bias or outermost
+        )  # fmt: skip
+        if outermost:
+            layers = [down, submodule, nn.ReLU(True), up, nn.Tanh()]
+        else:
+            entrance, exit = [nn.LeakyReLU(0.2, True), down], [nn.ReLU(True), up, norm_layer(outer_nc)]
+            if innermost:
+                layers = [*entrance, *exit]
+            else:
+                norm = norm_layer(inner_nc)
+                ours = to_ours(norm)
+                if ours is not None and is_plain(ours):
+                    norm = absorb(ours, submodule.model[0], None)
+                    submodule.model[0] = nn.Identity()
+                layers = [*entrance, norm, submodule, *exit, *([nn.Dropout(0.5)] if use_dropout else [])]
+            # The last norm, that of the exit, has nothing to take in: the ReLU behind it sees the skip as well.
+        self.model = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) if self.outermost else torch.cat([x, self.model(x)], 1)
+
+
+class NLayerDiscriminator(nn.Module):
+    """The PatchGAN discriminator: x (N, input_nc, H, W) becomes (N, 1, h, w), one score per patch.
+
+    ``n_layers`` strided convolutions of 4x4, LeakyReLU(0.2); ``norm_layer`` is a norm's class or a
+    ``functools.partial`` of one; ``use_sigmoid`` squashes the scores. ``deformable`` makes the first convolution a
+    ``DeformableConv2d`` of 3x3, which needs torchvision.
+    """
+
+    def __init__(
+        self, input_nc: int, ndf: int = 64, n_layers: int = 3, norm_layer: NormLayer = BatchNorm2d,
+        use_sigmoid: bool = False, *, deformable: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        bias = _wants_bias(norm_layer)
+        first = DeformableConv2d(input_nc, ndf) if deformable else nn.Conv2d(input_nc, ndf, 4, 2, 1)
+        layers: list[nn.Module] = [first, nn.LeakyReLU(0.2, True)]
+        width = ndf
+        for n in range(1, n_layers + 1):
+            out, stride = ndf * min(2**n, 8), 2 if n < n_layers else 1
+            layers += [nn.Conv2d(width, out, 4, stride, 1, bias=bias), norm_layer(out), nn.LeakyReLU(0.2, True)]
+            width = out
+        layers.append(nn.Conv2d(width, 1, 4, 1, 1))
+        if use_sigmoid:
+            layers.append(nn.Sigmoid())
+        self.model = nn.Sequential(*fuse_neighbours(layers))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.model(input)
+
+
+class DeformableConv2d(nn.Conv2d):
+    """A modulated deformable 3x3 convolution with stride 2: (N, C, H, W) becomes (N, out, ceil(H / 2), ceil(W / 2)).
+
+    Two convolutions of the input give each tap an offset (18 channels) and a mask (9). They start at zero: offsets of 0
+    and masks of sigmoid(0) = 0.5. Needs ``torchvision.ops.deform_conv2d`` and raises ``ImportError`` without it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 3, stride=2, padding=1)
+        _deform_conv2d()
+        self.offset = nn.Conv2d(in_channels, 18, 3, stride=2, padding=1)
+        self.mask = nn.Conv2d(in_channels, 9, 3, stride=2, padding=1)
+        for conv in (self.offset, self.mask):
+            nn.init.zeros_(conv.weight)
+            nn.init.zeros_(conv.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _deform_conv2d()(
+            input, self.offset(input), self.weight, self.bias, self.stride, self.padding,
+            mask=torch.sigmoid(self.mask(input)),
+        )  # fmt: skip
+
+
+def _deform_conv2d() -> Any:
+    try:
+        from torchvision.ops import deform_conv2d
+    except ImportError as error:
+        raise ImportError("a deformable convolution needs torchvision: pip install torchvision") from error
+    return deform_conv2d
