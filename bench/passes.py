@@ -1,15 +1,16 @@
 """How often a tensor's elements cross memory: the fewest times possible, and what PyTorch eager needs.
 
 One pass reads or writes every element once, so passes x itemsize is bytes per element. Per-channel parameters and
-statistics are left out. The eager operators, as their CUDA kernels are written (caches not counted):
+statistics are left out. The eager operators, as their CUDA kernels are written, caches not counted:
 
-| operator                       | forward                      | backward                                              |
-|--------------------------------|------------------------------|-------------------------------------------------------|
-| batch and instance norm        | x for the statistics, x, y   | x, dy for the sums, then x, dy, dx                    |
-| residual, added in place       | y, residual, y               | none: both gradients are dy                           |
-| activation, in place           | y, y                         | y, dy, dz                                             |
-| reflection pad                 | y, padded                    | zero-fill dy, padded, and an atomic add for each of its elements (read and write) |
-| unpadded result wanted as well | none                         | the two gradients, their sum                          |
+| operator                  | forward                       | backward                           |
+|---------------------------|-------------------------------|------------------------------------|
+| batch and instance norm   | x for the statistics; x, y    | x, dy for the sums; x, dy, dx      |
+| residual, added in place  | y, residual, y                | none: both gradients are dy        |
+| activation, in place      | y, y                          | y, dy, dz                          |
+| reflection pad            | y, padded                     | zero-fill of dy; padded, and for   |
+|                           |                               | each an atomic add (read, write)   |
+| unpadded result wanted    | none                          | the two gradients, their sum       |
 
 In inference a norm does not read x for statistics.
 """

@@ -1,4 +1,4 @@
-"""Named lists of the shapes that are measured, each with its norm, activation, residual and padding as networks have it.
+"""Named lists of the shapes that are measured: each a norm with its activation, residual and padding, from a network.
 
 A name says it all: ``cyclegan-block-256x64x64-n1`` is the norm inside a residual block of CycleGAN's generator at
 batch 1; ``-cl`` stands for channels_last.
@@ -41,8 +41,14 @@ class Shape:
         return math.prod(self.shape)
 
     @property
+    def output_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Of the result, padded if it is, and of the unpadded one where both are wanted."""
+        padded = (*self.shape[:2], *(size + 2 * self.padding for size in self.shape[2:]))
+        return (padded, self.shape) if self.unpadded else (padded,)
+
+    @property
     def padded_elements(self) -> int:
-        return math.prod(self.shape[:2]) * math.prod(size + 2 * self.padding for size in self.shape[2:])
+        return math.prod(self.output_sizes[0])
 
     @property
     def memory_format(self) -> torch.memory_format:

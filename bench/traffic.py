@@ -87,8 +87,8 @@ def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, 
     """(kernel, bytes read, bytes written) of every launch, per direction; inference for batch norms too."""
     generator = torch.Generator().manual_seed(0)
 
-    def tensor() -> torch.Tensor:
-        return torch.randn(shape.shape, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
+    def tensor(size: Sequence[int] = shape.shape) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
 
     layer = build(Fused, shape)
     inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
@@ -103,8 +103,7 @@ def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, 
 
     outputs = count("forward", lambda: layer(*inputs))
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = [torch.randn(y.shape, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
-                 for y in outputs]  # fmt: skip
+    gradients = [tensor(size) for size in shape.output_sizes]
     count("backward", lambda: torch.autograd.grad(outputs, [*inputs, *layer.parameters()], gradients))
     if shape.kind == "batch":
         layer.eval()
