@@ -114,7 +114,9 @@ class Work:
         inputs = [x.detach().double().requires_grad_() for x in self.sets[0]]
         y = layer(*inputs)
         outputs = y if isinstance(y, tuple) else (y,)
-        gradients = torch.autograd.grad(outputs, [*inputs, *layer.parameters()], [g.double() for g in self.gradients[0]])
+        gradients = torch.autograd.grad(
+            outputs, [*inputs, *layer.parameters()], [g.double() for g in self.gradients[0]]
+        )
         return [t.detach().float() for t in (*outputs, *gradients)]
 
 
@@ -200,7 +202,9 @@ def shape_rows(
             _free()
 
 
-def step_rows(name: str, dtype_name: str, device: torch.device, compile: bool, small: bool, seconds: float) -> Iterator[Row]:
+def step_rows(
+    name: str, dtype_name: str, device: torch.device, compile: bool, small: bool, seconds: float
+) -> Iterator[Row]:
     """Rows of one training step: plain and fused, each eager and compiled."""
     make, _ = steps.STEPS[name]
     dtype = DTYPES[dtype_name]
@@ -247,15 +251,25 @@ def parser() -> Parser:
     add("--short", action="store_true", help="only the short list of shapes")
     add("--groups", type=common.comma_list((*shapes.GROUPS, STEP), "group"), metavar="A,B",
         help=f"{', '.join(shapes.GROUPS)}, {STEP}")  # fmt: skip
-    add("--shapes", type=lambda text: text.split(","), metavar="A,B", help="only those whose name contains one of these")
+    add(
+        "--shapes", type=lambda text: text.split(","), metavar="A,B", help="only those whose name contains one of these"
+    )
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float32 with --quick on a CPU)")  # fmt: skip
     add("--directions", type=common.comma_list(DIRECTIONS, "direction"), default=list(DIRECTIONS), metavar="A,B",
         help=f"{', '.join(DIRECTIONS)} (default: all)")  # fmt: skip
-    add("--seconds", type=common.positive, metavar="S", help="time for each figure (default: 0.3, or 0.05 with --quick)")
+    add(
+        "--seconds", type=common.positive, metavar="S", help="time for each figure (default: 0.3, or 0.05 with --quick)"
+    )
     add("--minutes", type=common.positive, metavar="M", help="start nothing new after this long (default: no limit)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
-    add("--out", type=Path, default=Path("bench_results"), metavar="DIR", help="for run.csv and run.json (default: %(default)s)")
+    add(
+        "--out",
+        type=Path,
+        default=Path("bench_results"),
+        metavar="DIR",
+        help="for run.csv and run.json (default: %(default)s)",
+    )
     return parser
 
 
@@ -290,7 +304,9 @@ def run(arguments) -> int:
     print(common.caption(environment))
     print(f"Contenders: {', '.join(makers)}; not installed: {', '.join(absent) or 'none'}", flush=True)
     copy = timing.copy_bandwidth(device)
-    print(f"Copy bandwidth, reads + writes: {copy / 1e9:.0f} GB/s; {len(todo)} shapes and dtypes to measure", flush=True)
+    print(
+        f"Copy bandwidth, reads + writes: {copy / 1e9:.0f} GB/s; {len(todo)} shapes and dtypes to measure", flush=True
+    )
     results = Results(arguments.out, {
         "environment": environment, "copy_gb_s": copy / 1e9, "not_installed": absent, "reached": 0, "of": len(todo),
     })  # fmt: skip
@@ -332,9 +348,15 @@ def report(results: Results) -> None:
         for row in results.rows
         if row["status"] == "ok"
     ]  # fmt: skip
-    print(common.table(("shape", "dtype", "direction", "contender", "µs", "speed-up", "graph µs", "host µs", "GB/s"), cells))
+    print(
+        common.table(
+            ("shape", "dtype", "direction", "contender", "µs", "speed-up", "graph µs", "host µs", "GB/s"), cells
+        )
+    )
     reached, of = results.header["reached"], results.header["of"]
-    print(f"\n{len(results.rows)} rows, {reached} of {of} shapes and dtypes measured, in {results.out}/{CSV} and {JSON}")
+    print(
+        f"\n{len(results.rows)} rows, {reached} of {of} shapes and dtypes measured, in {results.out}/{CSV} and {JSON}"
+    )
     if reached < of:
         print(f"Not reached: {of - reached}. Run again with fewer shapes or more time.")
     if results.header["environment"]["device"] == "cpu":
