@@ -29,6 +29,7 @@ FIELDS = (
     "min_mib", "gb_s", "copy_share", "peak_mib",
 )  # fmt: skip
 STEP = "step"
+OURS_COMPILED = f"{OURS}+{COMPILED}"
 DIRECTIONS = (*passes.DIRECTIONS, STEP)
 #: Calls shorter than this are bound by launches: replayed as a graph too.
 LAUNCH_BOUND = 200e-6
@@ -208,14 +209,14 @@ def step_rows(
     """Rows of one training step: plain and fused, each eager and compiled."""
     make, _ = steps.STEPS[name]
     dtype = DTYPES[dtype_name]
-    makers = {EAGER: (Plain, False), COMPILED: (Plain, True), OURS: (Fused, False), f"{OURS}+{COMPILED}": (Fused, True)}
+    makers = {EAGER: (Plain, False), COMPILED: (Plain, True), OURS: (Fused, False), OURS_COMPILED: (Fused, True)}
     exact = None
     for contender, (factory, compiled) in makers.items():
         if compiled and not compile:
             continue
         row = {
-            "shape": name, "group": STEP, "dtype": dtype_name, "what": f"training step, {'AMP' if dtype != torch.float32 else dtype_name}",
-            "layout": "", "size": "", "direction": STEP, "contender": contender,
+            "shape": name, "group": STEP, "what": "training step" + (", autocast" if dtype.itemsize < 4 else ""),
+            "size": "", "layout": "", "dtype": dtype_name, "direction": STEP, "contender": contender,
         }  # fmt: skip
         try:
             if compiled:
