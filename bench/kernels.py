@@ -17,7 +17,7 @@ from triton_norm.demo import DTYPES
 
 from . import common, shapes
 from .common import Parser, Progress, UserError
-from .layers import Fused, build
+from .layers import exercise
 from .offline import TARGETS, Report, compiling, kernels_for_cpu_tensors
 from .shapes import Shape
 
@@ -31,24 +31,6 @@ WRITTEN = {"y": "y", "dx": "y", "dresidual": "y"}
 VECTOR = 16  # bytes
 
 Row = dict[str, object]
-
-
-def launches(shape: Shape, dtype: torch.dtype) -> None:
-    """One forward and one backward pass; batch norms in evaluation too. Nothing is read or written but parameters."""
-
-    def tensor(size: Sequence[int] = shape.shape) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, memory_format=shape.memory_format)
-
-    layer = build(Fused, shape)
-    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
-    outputs = layer(*inputs)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    gradients = [tensor(size) for size in shape.output_sizes]
-    torch.autograd.grad(outputs, [*inputs, *layer.parameters()], gradients)
-    if shape.kind == "batch":
-        layer.eval()
-        with torch.no_grad():
-            layer(*inputs)
 
 
 class Tile:
@@ -108,7 +90,7 @@ def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> 
     for shape, dtype in work:
         progress(f"{target} {shape.name} {dtype}")
         with compiling(target) as reports, kernels_for_cpu_tensors():
-            launches(shape, DTYPES[dtype])
+            exercise(shape, DTYPES[dtype])
         for report in reports:
             tile = Tile.of(report, warp_size)
             row = {

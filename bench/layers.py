@@ -1,7 +1,8 @@
 """The same layer twice: as a PyTorch user writes it, and fused. Both have the same ``state_dict``."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -81,3 +82,20 @@ def build(factory: Factory, shape: Shape, **rest) -> nn.Module:
         shape.kind, shape.shape[1], shape.dims, activation=shape.activation, slope=shape.slope,
         padding=shape.padding, unpadded=shape.unpadded, affine=shape.affine, **rest,
     )  # fmt: skip
+
+
+def exercise(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
+    """One fused forward and backward pass on tensors that nobody filled; batch norms in evaluation too."""
+
+    def tensor(size: Sequence[int] = shape.shape) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device, memory_format=shape.memory_format)
+
+    layer = build(Fused, shape).to(device)
+    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
+    outputs = layer(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.grad(outputs, [*inputs, *layer.parameters()], [tensor(size) for size in shape.output_sizes])
+    if shape.kind == "batch":
+        layer.eval()
+        with torch.no_grad():
+            layer(*inputs)

@@ -86,6 +86,6 @@ def resnet50(factory: Factory, wrap: Wrap, device: torch.device, dtype: torch.dt
 
 #: Name, what makes the step, and the dtypes that it runs in (half precision by autocast).
 STEPS = {
-    "cyclegan-step": (cyclegan, ("float32", "bfloat16", "float16")),
-    "resnet50-step": (resnet50, ("bfloat16", "float16")),
+    "cyclegan-step": (cyclegan, ("float32", "bfloat16")),
+    "resnet50-step": (resnet50, ("bfloat16",)),
 }
