@@ -239,8 +239,12 @@ def report(found: Sequence[Row], device: torch.device) -> None:
 
     header = ("layer", "", "µs", *PARTS, "launches", "unfused")
     print(common.table(header, [tuple(cell(row.get(field)) for field in FIELDS) for row in found]))
-    print("\nmodule: nn.Module and its forward; checks: functional.py; autograd: its engine and Function; op: torch.library;")
-    print("arguments: what launch.py does besides; plan: its look-up; allocation: of outputs; launch: Triton's. Unfused: the")
+    print(
+        "\nmodule: nn.Module and its forward; checks: functional.py; autograd: its engine and Function; op: torch.library;"
+    )
+    print(
+        "arguments: what launch.py does besides; plan: its look-up; allocation: of outputs; launch: Triton's. Unfused: the"
+    )
     if device.type == "cpu":
         print("same in PyTorch on the same tiny tensors, their arithmetic included. Launches went to a stub driver.")
     else:

@@ -112,7 +112,12 @@ def parser() -> Parser:
     add("--targets", type=common.comma_list(TARGETS, "target"), metavar="A,B",
         help=f"{', '.join(TARGETS)} (default: all; sm_90 with --quick)")  # fmt: skip
     add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
-    add("--shapes", type=lambda text: text.split(","), metavar="A,B", help="only shapes whose name contains one of these")
+    add(
+        "--shapes",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="only shapes whose name contains one of these",
+    )
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="the short list of shapes: under a minute")

@@ -166,7 +166,9 @@ class Plots:
             ]
             self.scatter(axes, contender, *zip(*found, strict=True)) if found else None
         axes.set_xlabel("peak memory of forward + backward beyond the inputs, relative to eager's (left is better)")
-        axes.set_yticks(list(at.values()), [f"{name} (eager: {mib:.3g} MiB)" for name, mib in eager.items()], fontsize=8)
+        axes.set_yticks(
+            list(at.values()), [f"{name} (eager: {mib:.3g} MiB)" for name, mib in eager.items()], fontsize=8
+        )
         axes.set_ylim(min(at.values()) - 0.8, 0.8)
         axes.grid(color="0.9")
         self.finish(figure, "Peak memory", path)

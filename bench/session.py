@@ -160,18 +160,16 @@ def test_counts(text: str) -> str:
     return counts or text.strip().split("\n")[-1]
 
 
-def speedups(results: dict[str, Any]) -> list[str]:
-    """Geometric means of the speed-ups over eager, per dtype and direction."""
+def geometric_means(results: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Speed-ups over eager: dtype, direction, contender, geometric mean, the least one, and the number of shapes."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in results["rows"]:
         if row["status"] == "ok" and row["contender"] != EAGER and row.get("speedup"):
             found.setdefault((row["dtype"], row["direction"], row["contender"]), []).append(row["speedup"])
-    lines = [
+    return [
         (*key, f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}", f"{min(values):.2f}", f"{len(values)}")
         for key, values in found.items()
     ]
-    header = ("dtype", "direction", "contender", "mean speed-up", "least", "shapes")
-    return common.table(header, lines).split("\n") if lines else []
 
 
 def parser() -> Parser:
@@ -212,8 +210,8 @@ def summarize(session: Session) -> None:
     for row in results["rows"]:
         if row["status"] != "ok" and not row["status"].startswith("no equivalent"):
             session.say(f"  {row['shape']} {row['dtype']} {row['contender']}: {row['status']}")
-    for line in speedups(results):
-        session.say(line)
+    header = ("dtype", "direction", "contender", "mean speed-up", "least", "shapes")
+    session.say(common.table(header, geometric_means(results)))
     try:
         names = [path.name for path in plot.draw(results, session.out)]
         session.say(f"plots: {', '.join(names)}")

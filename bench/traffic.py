@@ -27,7 +27,9 @@ from .counting import counting
 from .layers import Fused, build
 from .shapes import Shape
 
-FIELDS = ("shape", "measured", "dtype", "direction", "kernel", "launches", "read", "written", "bytes", "minimum", "eager")  # fmt: skip
+FIELDS = (
+    "shape", "what", "measured", "dtype", "direction", "kernel", "launches", "read", "written", "bytes", "minimum", "eager",
+)  # fmt: skip
 #: Elements that the interpreter does in about a second.
 ELEMENTS = 2**18
 TOTAL = "total"
@@ -125,7 +127,8 @@ def rows(shape: Shape, dtype_name: str, elements: int = ELEMENTS) -> list[Row]:
     result = []
     for direction, moved in found.items():
         shared = {
-            "shape": shape.name, "measured": "x".join(map(str, small.shape)), "dtype": dtype_name, "direction": direction,
+            "shape": shape.name, "what": shape.what, "measured": "x".join(map(str, small.shape)), "dtype": dtype_name,
+            "direction": direction,
         }  # fmt: skip
         for kernel in [*dict.fromkeys(name for name, _, _ in moved), TOTAL]:
             own = [(read, written) for name, read, written in moved if kernel in (name, TOTAL)]
@@ -195,16 +198,15 @@ def run(arguments) -> int:
         common.write_csv(arguments.out, FIELDS, found)
     print(common.table(HEADER, summary(found)))
     if arguments.kernels:
+        keys = ("shape", "direction", "kernel", "launches")
         cells = [
-            (row["shape"], row["direction"], row["kernel"], str(row["launches"]), f"{row['read']:.2f}", f"{row['written']:.2f}")
+            (*(str(row[key]) for key in keys), f"{row['read']:.2f}", f"{row['written']:.2f}")
             for row in found
             if row["kernel"] != TOTAL
-        ]  # fmt: skip
-        print("\n" + common.table(("shape", "direction", "kernel", "launches", "read", "written"), cells))
-    print(
-        "\nBytes per element of x that kernels ask of memory, caches not counted, so an upper bound; aten operators count"
-    )
-    print("each of their tensors once. Minimum and eager: see bench/passes.py.")
+        ]
+        print("\n" + common.table((*keys, "read", "written"), cells))
+    print("\nBytes per element of x that kernels ask of memory, caches not counted, so an upper bound; aten operators")
+    print("count each of their tensors once. Minimum and eager: see bench/passes.py.")
     return 0
 
 
