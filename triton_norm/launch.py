@@ -194,7 +194,7 @@ def _forward(
     grid = (at.row_blocks, plan.splits)
     partials = None
     if mean is None:
-        partials = torch.empty(3 * plan.splits * at.geometry.rows, dtype=at.dtype, device=x.device)
+        partials = torch.empty((3 * plan.splits + 1) * at.geometry.rows, dtype=at.dtype, device=x.device)
         G, K, S, rows, _ = at.sizes
         _run(
             x, statistics_kernels.partial_statistics, grid,

@@ -11,7 +11,7 @@ TILE = 4096
 #: DRAM moves sectors of this many bytes, so narrower pieces of a channels_last pixel are read several times.
 SECTOR = 32
 #: Below this many elements the extra sectors cost less than two more launches.
-NARROW_ELEMENTS = 2**21
+NARROW_ELEMENTS = 2**20
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
 INLINE_PARTIALS = 1024
 

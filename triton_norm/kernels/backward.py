@@ -64,6 +64,8 @@ def persistent_backward(
     if bits is not None:
         # Before x is read: fewer values are alive while the bits are spread over the tile.
         dz = through_bits(dz, bits, 0, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
+        if dresidual is not None:
+            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
     values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
     mean = tl.load(statistics + row, mask=live, other=0.0)[:, None]
@@ -75,9 +77,9 @@ def persistent_backward(
             dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
             DERIVATIVE, P0, P1, ACC,
         )  # fmt: skip
+        if dresidual is not None:
+            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     normalized = tl.where(mask, (values - mean) * rstd, 0.0)
-    if dresidual is not None:
-        tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     sum_dz = tl.sum(dz, 1)
     sum_dzx = tl.sum(dz * normalized, 1)
     if sums is not None:

@@ -43,7 +43,7 @@ def persistent_forward(
     row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
     values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     n = count(K, S, ACC)
-    mean, m2 = moments(values, mask, n)
+    mean, m2 = moments(values, mask, n, True)
     rstd = store_statistics(
         statistics, running_mean, running_var, row, live, rows, mean, m2, n,
         momentum, momentum_rest, eps, STORE_VARIANCE,

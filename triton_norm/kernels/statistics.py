@@ -9,16 +9,26 @@ from .tiles import columns, count, offsets, row_block, tile_mask
 
 
 @triton.jit
-def moments(x, live, n):
-    """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns."""
+def moments(x, live, n, CORRECT: tl.constexpr):
+    """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns.
+
+    CORRECT takes back the rounding of the mean, which matters where it is large against the deviation: the corrected
+    two-pass algorithm of Chan, Golub and LeVeque (1983).
+    """
     mean = tl.sum(x, 1) / n
     centered = tl.where(live, x - mean[:, None], 0.0)
-    return mean, tl.sum(centered * centered, 1)
+    m2 = tl.sum(centered * centered, 1)
+    if CORRECT:
+        rest = tl.sum(centered, 1) / n
+        m2 -= n * rest * rest
+        return mean + rest, tl.where(m2 < 0, 0.0, m2)
+    else:
+        return mean, m2
 
 
 @triton.jit
 def combine(partials, row, live, rows, P, BLOCK_P: tl.constexpr):
-    """Combines the (3, P, rows) counts, means and second moments of P programs into one mean and second moment."""
+    """Combines what partial_statistics wrote into one mean and second moment per row."""
     p = tl.arange(0, BLOCK_P)
     at = p.to(tl.int64)[None, :] * rows + row[:, None]
     plane = tl.full((), 1, tl.int64) * P * rows
@@ -26,12 +36,11 @@ def combine(partials, row, live, rows, P, BLOCK_P: tl.constexpr):
     n = tl.load(partials + at, mask=mask, other=0.0)
     mean = tl.load(partials + plane + at, mask=mask, other=0.0)
     m2 = tl.load(partials + 2 * plane + at, mask=mask, other=0.0)
-    # Means are averaged as distances from the first, which keeps the digits that a large common offset would cost.
-    origin = tl.load(partials + plane + row, mask=live, other=0.0)
     total = tl.where(live, tl.sum(n, 1), 1.0)
-    center = origin + tl.sum(n * (mean - origin[:, None]), 1) / total
+    center = tl.sum(n * mean, 1) / total
     distance = mean - center[:, None]
-    return center, tl.sum(m2 + n * distance * distance, 1)
+    anchor = tl.load(partials + 3 * plane + row, mask=live, other=0.0)
+    return anchor + center, tl.sum(m2 + n * distance * distance, 1)
 
 
 @triton.jit
@@ -72,10 +81,17 @@ def partial_statistics(
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P)."""
+    """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
+
+    Means are distances from an anchor, each row's first element, which goes to the (rows,) behind: a mean of 1e4 has
+    only three digits behind the point in float32, and the differences of such means, times their counts, would enter
+    the variance.
+    """
     a, g = row_block(tl.program_id(0), G, R)
     live = g < G
     first = tl.program_id(1) * steps
+    row_at, _, _ = offsets(a, g, tl.arange(0, 1), tl.arange(0, 1), x_a, x_g, x_k, x_s, WIDE)
+    anchor = tl.load(x + row_at, mask=live[:, None], other=0.0).to(ACC)
     n = tl.full((), 0, ACC)
     mean = tl.zeros((R,), ACC)
     m2 = tl.zeros((R,), ACC)
@@ -84,7 +100,8 @@ def partial_statistics(
         mask = tile_mask(live, k, s, K, S, EVEN)
         row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
         n_tile = tl.sum(((k < K) & (s < S)).to(ACC), 0)
-        mean_tile, m2_tile = moments(tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC), mask, n_tile)
+        values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        mean_tile, m2_tile = moments(tl.where(mask, values - anchor, 0.0), mask, n_tile, False)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share
@@ -96,6 +113,8 @@ def partial_statistics(
     tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=live)
     tl.store(partials + plane + at, mean, mask=live)
     tl.store(partials + 2 * plane + at, m2, mask=live)
+    if tl.program_id(1) == 0:
+        tl.store(partials + 3 * plane + row, tl.reshape(anchor, (R,)), mask=live)
 
 
 @triton.jit

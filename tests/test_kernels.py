@@ -1,0 +1,159 @@
+"""Every regime of the kernels on every layout, whatever the heuristic would have chosen, against the oracle."""
+
+import pytest
+import torch
+from oracle import arguments, assert_close, check
+from torch import nn
+
+import triton_norm as tn
+from triton_norm import launch, plan
+from triton_norm.plan import Plan, cdiv, power_of_2
+
+SHAPE = (2, 6, 8, 9)
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "cropped": lambda t: torch.nn.functional.pad(t, (1, 2, 1, 1))[..., 1:-1, 1:-2],
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+}
+
+
+def persistent(rows):
+    return lambda g: Plan("persistent", rows, power_of_2(g.K), power_of_2(g.S), 1, 1, 4)
+
+
+def split(rows, block_k, block_s, splits):
+    def choose(g):
+        steps = cdiv(cdiv(g.K, block_k) * cdiv(g.S, block_s), splits)
+        return Plan("split", rows, block_k, block_s, splits, steps, 4)
+
+    return choose
+
+
+PLANS = {
+    "one_row": persistent(1),
+    "four_rows": persistent(4),
+    "sixteen_rows": persistent(16),
+    "one_program_a_row": split(1, 2, 16, 1),
+    "three_programs_a_row": split(2, 1, 32, 3),
+    # More programs than there are tiles, so that some find nothing to do.
+    "idle_programs": split(4, 1, 64, 7),
+}
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Makes every launch use one plan; ``inline`` False has partial results combined in a launch of their own."""
+
+    def apply(choose, inline=True):
+        monkeypatch.setattr(plan, "choose", lambda geometry, *_: choose(geometry))
+        monkeypatch.setattr(plan, "INLINE_PARTIALS", 2**30 if inline else 0)
+        launch._prepare.cache_clear()
+
+    yield apply
+    launch._prepare.cache_clear()
+
+
+@pytest.fixture
+def poison():
+    """Fresh memory is NaN, so that an element nobody wrote shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+KERNELS = pytest.mark.parametrize(
+    "backend", ["triton", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
+)  # fmt: skip
+
+
+@KERNELS
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_training(backend, force, poison, kind, name, layout):
+    force(PLANS[name])
+    a = arguments(kind, SHAPE, device=backend.device, residual=True, statistics=True, activation="leaky_relu")
+    a.x, a.residual = LAYOUTS[layout](a.x), LAYOUTS[layout](a.residual)
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("activation", ["silu", "prelu", None])
+@pytest.mark.parametrize("name", ["four_rows", "three_programs_a_row"])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_activations_that_need_the_residual(backend, force, poison, kind, name, activation):
+    force(PLANS[name])
+    activation = nn.PReLU(SHAPE[1], device=backend.device) if activation == "prelu" else activation
+    check(arguments(kind, SHAPE, device=backend.device, residual=True, activation=activation))
+
+
+@KERNELS
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_partial_results_in_a_launch_of_their_own(backend, force, poison, kind, layout):
+    force(PLANS["three_programs_a_row"], inline=False)
+    a = arguments(kind, SHAPE, device=backend.device, statistics=True, activation="silu")
+    a.x = LAYOUTS[layout](a.x)
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["one_program_a_row", "three_programs_a_row", "idle_programs"])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_given_statistics(backend, force, poison, kind, name):
+    force(PLANS[name])
+    a = arguments(
+        kind, SHAPE, device=backend.device, residual=True, statistics=True, use_stats=False, activation="silu"
+    )
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("bits", [True, False], ids=["bits", "residual"])
+def test_folded_rows(backend, force, poison, bits):
+    """Long channels_last rows are laid in four parts in the backward pass."""
+    force(lambda g: Plan("persistent", 1, 4, power_of_2(g.S) // 4, 1, 1, 4, fold=4 if g.K == 1 else 1))
+    a = arguments("instance", (2, 3, 8, 12), device=backend.device, residual=True)
+    a.activation = "relu" if bits else "silu"
+    a.x, a.residual = LAYOUTS["channels_last"](a.x), LAYOUTS["channels_last"](a.residual)
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_offsets_beyond_32_bits(backend, kind):
+    """Rows and columns further apart than 2^31 elements; the memory between them is never touched."""
+    far = 2**31 + 8
+    storage = torch.empty(2 * far, dtype=torch.float16, device=backend.device)
+    x = storage.as_strided((2, 2, 2, 4), (far, 8, 4, 1))
+    x.copy_(torch.randn(x.shape))
+    a = arguments(kind, tuple(x.shape), dtype=torch.float16, device=backend.device, activation="relu")
+    a.x = x
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("name", ["four_rows", "three_programs_a_row"])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_large_mean(backend, force, kind, name):
+    """At mean 1e4 and deviation 1, float32 keeps about three digits of x; E[x²] - E[x]² would keep none."""
+    force(PLANS[name])
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64) + 1e4).float().to(backend.device)
+    torch_norm = {"batch": nn.BatchNorm2d(3, affine=False), "instance": nn.InstanceNorm2d(3)}[kind]
+    ours = {"batch": tn.BatchNorm2d(3, affine=False), "instance": tn.InstanceNorm2d(3)}[kind].to(backend.device)
+    want = torch_norm.double()(x.cpu().double())
+    # The mean is kept in float32, where half a unit in the last place of 1e4 is 5e-4.
+    torch.testing.assert_close(ours(x).cpu().double(), want, atol=5e-4, rtol=0)
+    assert abs(ours(x).double().var(correction=0).item() - want.var(correction=0).item()) < 1e-5
+
+
+@KERNELS
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_split_and_persistent_agree(backend, force, kind):
+    a = arguments(kind, SHAPE, device=backend.device, activation="gelu")
+    force(PLANS["one_row"])
+    one = check(a)
+    force(PLANS["three_programs_a_row"])
+    assert_close(check(a).y, one.y.double(), torch.float32)

@@ -1,0 +1,46 @@
+"""The kernels, compiled for GPUs that need not be there, at the block sizes the heuristic picks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+#: Kernels that read and write tiles of tensors; the others only see a few numbers per row.
+TILED = {"persistent_forward", "partial_statistics", "normalize", "persistent_backward", "gradient"}
+WRITES_TILES = {"persistent_forward", "normalize", "persistent_backward"}
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+def test_no_spill_and_full_width(target):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    environment["PYTHONPATH"] = str(ROOT)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "offline_cases.py"), target],
+        cwd=ROOT, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-2000:]
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {row["kernel"] for row in rows} >= TILED
+    assert [row for row in rows if row["spills"]] == []
+    assert [row for row in rows if not _full_width(row)] == []
+
+
+def _full_width(row: dict) -> bool:
+    if row["kernel"] not in TILED or _too_long_to_be_wide(row):
+        return True
+    loads, stores = ({int(width): n for width, n in row[key].items()} for key in ("loads", "stores"))
+    return 128 in loads and (row["kernel"] not in WRITES_TILES or 128 in stores)
+
+
+def _too_long_to_be_wide(row: dict) -> bool:
+    """A whole channels_last row in registers leaves room for one or two channels a program, so accesses are narrow.
+
+    The heuristic does that only for small tensors, where two more launches would cost more.
+    """
+    samples, _, height, width = row["shape"]
+    columns = height * width * (samples if row["kind"] == "batch" else 1)
+    return row["layout"] == "channels_last" and row["kernel"].startswith("persistent") and columns > 2048

@@ -1,0 +1,81 @@
+"""Bytes and launches, counted in the interpreter: what the package is for."""
+
+import pytest
+import torch
+
+import triton_norm as tn
+from bench.counting import counting
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
+
+
+def measure(module, shape, layout, residual=False):
+    """(bytes per element, launches) forward and backward of a half-precision training step."""
+    x = torch.randn(shape).half().contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    r = torch.randn_like(x).requires_grad_() if residual else None
+    with counting() as forward:
+        y = module(x, residual=r)
+    dy = torch.randn_like(y)
+    with counting() as backward:
+        y.backward(dy)
+    return [(count.bytes / x.numel(), len(count.launches)) for count in (forward, backward)]
+
+
+@pytest.fixture(autouse=True)
+def in_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_instance_norm_reads_once_and_writes_once(size, layout):
+    module = tn.InstanceNorm2d(8, affine=True, activation="relu")
+    (forward, launches), (backward, backward_launches) = measure(module, (2, 8, size, size), layout)
+    assert forward <= 4.2 and launches == 1
+    assert backward <= 6.3 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("size", [64, 128])
+def test_residual(size, layout):
+    module = tn.InstanceNorm2d(8, affine=True, activation="relu")
+    (forward, launches), (backward, backward_launches) = measure(module, (2, 8, size, size), layout, residual=True)
+    assert forward <= 6.3 and launches == 1
+    assert backward <= 8.6 and backward_launches <= 2
+
+
+def test_without_parameters_the_backward_is_one_launch():
+    _, (backward, launches) = measure(tn.InstanceNorm2d(8, activation="relu"), (2, 8, 64, 64), "NCHW")
+    assert backward <= 6.3 and launches == 1
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 4, 64, 64), (4, 8, 112, 112)])
+def test_batch_norm(shape, layout):
+    module = tn.BatchNorm2d(shape[1], activation="relu")
+    (forward, launches), (backward, backward_launches) = measure(module, shape, layout)
+    assert forward <= 6.3 and launches <= 3
+    assert backward <= 10.5 and backward_launches <= 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_eval_batch_norm_is_a_copy(layout):
+    """Read x and write y: exactly twice the element size, but for the parameters of each tile's rows."""
+    module = tn.BatchNorm2d(8, activation="relu").eval()
+    x = torch.randn(2, 8, 64, 64).half().contiguous(memory_format=LAYOUTS[layout])
+    with counting() as count, torch.no_grad():
+        module(x)
+    assert len(count.launches) == 1
+    assert 4 <= count.bytes / x.numel() < 4.05
+
+
+def test_the_counter_counts_a_copy():
+    """The counter itself: float32 in, float16 parameters, one row per sample and channel."""
+    module = tn.InstanceNorm2d(2).float()
+    x = torch.randn(1, 2, 16, 16)
+    with counting() as count:
+        module(x)
+    (launch,) = count.launches
+    assert launch.kernel == "persistent_forward"
+    assert launch.read == x.numel() * 4
+    assert launch.written == x.numel() * 4 + 2 * 2 * 4
