@@ -45,6 +45,11 @@ LAYERS: dict[str, dict[str, Any]] = {
     "InstanceNorm2d + relu + pad": {"kind": "instance", "affine": False, "activation": "relu", "padding": 1},
 }
 
+LEGEND = """
+module: nn.Module and its forward; checks: functional.py; autograd: its engine and Function; op: torch.library;
+arguments: what launch.py does besides; plan: its look-up; allocation: of outputs; launch: Triton's.
+Unfused: the same layer in PyTorch's own operators, on the same tiny tensors."""
+
 Row = dict[str, object]
 
 
@@ -239,16 +244,11 @@ def report(found: Sequence[Row], device: torch.device) -> None:
 
     header = ("layer", "", "µs", *PARTS, "launches", "unfused")
     print(common.table(header, [tuple(cell(row.get(field)) for field in FIELDS) for row in found]))
-    print(
-        "\nmodule: nn.Module and its forward; checks: functional.py; autograd: its engine and Function; op: torch.library;"
-    )
-    print(
-        "arguments: what launch.py does besides; plan: its look-up; allocation: of outputs; launch: Triton's. Unfused: the"
-    )
+    print(LEGEND)
     if device.type == "cpu":
-        print("same in PyTorch on the same tiny tensors, their arithmetic included. Launches went to a stub driver.")
+        print("Here arithmetic is included in the latter, and launches went to a stub driver.")
     else:
-        print("same in PyTorch. Calls were issued, not waited for.")
+        print("Calls were issued, not waited for.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

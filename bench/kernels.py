@@ -1,4 +1,4 @@
-"""What the compilers make of every kernel at the configurations of the shape lists. ``python -m bench.kernels``; no GPU.
+"""What compilers make of every kernel at the shape lists' configurations. ``python -m bench.kernels``; needs no GPU.
 
 The public layers run forward and backward on untouched CPU memory under a driver that compiles and launches nothing, so
 what is compiled is what a GPU would be given, untuned. ``--check`` fails on a spill, and on narrow accesses where the

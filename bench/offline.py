@@ -90,7 +90,7 @@ def compiling(target: str) -> Iterator[list[Report]]:
 
 @contextmanager
 def kernels_for_cpu_tensors() -> Iterator[None]:
-    """Inside the block the public functions launch compiled kernels for CPU tensors too, as they are configured untuned.
+    """Inside the block the public functions launch compiled kernels for CPU tensors too, in untuned configurations.
 
     Only for drivers and launchers that run nothing.
     """

@@ -1,7 +1,8 @@
 """How often a tensor's elements cross memory: the fewest times possible, and what PyTorch eager needs.
 
 One pass reads or writes every element once, so passes x itemsize is bytes per element. Per-channel parameters and
-statistics are left out. The eager operators, as their CUDA kernels are written, caches not counted:
+statistics are left out. The eager operators, as PyTorch's CUDA kernels are written, caches not counted (where PyTorch
+hands a batch norm to cuDNN, that may move less):
 
 | operator                  | forward                       | backward                           |
 |---------------------------|-------------------------------|------------------------------------|

@@ -1,4 +1,4 @@
-"""Draws a results file of bench.run: speed-up, bandwidth, time against size, memory. ``python -m bench.plot RUN_JSON``."""
+"""Draws a results file of bench.run: speed-up, bandwidth, time by size, memory. ``python -m bench.plot RUN_JSON``."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -19,7 +19,8 @@ Row = dict[str, Any]
 #: Okabe and Ito's colours, which stay apart for the colour-blind, and a marker each for those who print in grey.
 STYLES = {
     EAGER: ("#000000", "o"), COMPILED: ("#E69F00", "s"), OURS: ("#0072B2", "D"), OURS_COMPILED: ("#56B4E9", "X"),
-    "attorch": ("#009E73", "^"), "flag_gems": ("#CC79A7", "v"), "liger_kernel": ("#D55E00", "P"), "apex": ("#F0E442", "*"),
+    "attorch": ("#009E73", "^"), "flag_gems": ("#CC79A7", "v"), "liger_kernel": ("#D55E00", "P"),
+    "apex": ("#F0E442", "*"),
 }  # fmt: skip
 NAMES = {EAGER: "PyTorch eager", "compile": "torch.compile"}
 PANELS = {"forward": "forward", "backward": "backward", "both": "forward + backward"}

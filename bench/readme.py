@@ -43,8 +43,9 @@ def times(results: Path, readme: Path) -> Iterator[str]:
         measured = plot.load(path)
         if measured["environment"]["device"] != "cuda":
             raise UserError(f"{path} was not measured on a GPU")
-        yield f"**{measured['environment']['gpu']}**: {common.caption(measured['environment'])}. A copy of a large tensor"
-        yield f"moved {measured['copy_gb_s']:.0f} GB/s in the same run; speed-ups are geometric means over the shapes."
+        copy = f"a copy of a large tensor moved {measured['copy_gb_s']:.0f} GB/s in the same run"
+        yield f"**{measured['environment']['gpu']}**: {common.caption(measured['environment'])}; {copy}."
+        yield "Speed-ups are geometric means over the shapes."
         yield ""
         yield from markdown(
             ("dtype", "direction", "contender", "speed-up over eager", "least", "shapes"), geometric_means(measured)

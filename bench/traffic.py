@@ -28,7 +28,8 @@ from .layers import Fused, build
 from .shapes import Shape
 
 FIELDS = (
-    "shape", "what", "measured", "dtype", "direction", "kernel", "launches", "read", "written", "bytes", "minimum", "eager",
+    "shape", "what", "measured", "dtype", "direction", "kernel", "launches", "read", "written", "bytes", "minimum",
+    "eager",
 )  # fmt: skip
 #: Elements that the interpreter does in about a second.
 ELEMENTS = 2**18
