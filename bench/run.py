@@ -2,8 +2,13 @@
 
 Everyone's results are compared with float64 before they are timed, and only right ones are. Rows go to run.csv as they
 come, and to run.json with the machine's description; an interrupt leaves both with all rows measured so far.
+
+time_us lies between two events around one call, so for small shapes it is the host's time; graph_us is what is left of
+it when calls are replayed from a CUDA graph. gb_s counts the bytes that must move (bench/passes.py), copy_share sets it
+against a large copy in the same run, and peak_mib is what a call needs beyond its inputs.
 """
 
+import contextlib
 import gc
 import math
 import sys
@@ -139,7 +144,7 @@ def _seconds(found: timing.Times) -> Row:
 
 
 def measure(work: Work, layer: nn.Module, direction: str, seconds: float, copy: float, itemsize: int) -> Row:
-    """The columns of one timed row."""
+    """The figures of one row."""
     prepare, device = work.prepare(layer, direction), work.device
     found = timing.measure(prepare, device, seconds)
     least = passes.minimum(work.shape)[direction] * work.shape.elements * itemsize
@@ -150,7 +155,9 @@ def measure(work: Work, layer: nn.Module, direction: str, seconds: float, copy: 
         row["peak_mib"] = timing.peak(prepare) / 2**20
         # A backward pass is captured with its forward pass: replayed, the two together are "both".
         if direction != "backward" and found.median < LAUNCH_BOUND:
-            row["graph_us"] = 1e6 * timing.replay(prepare)
+            # Whoever synchronizes cannot be captured; the other figures still stand.
+            with contextlib.suppress(RuntimeError):
+                row["graph_us"] = 1e6 * timing.replay(prepare)
     return row
 
 
@@ -320,6 +327,7 @@ def run(arguments) -> int:
     absent = [name for name in PEERS if not installed(name)]
     print(common.caption(environment))
     print(f"Contenders: {', '.join(makers)}; not installed: {', '.join(absent) or 'none'}", flush=True)
+    torch.backends.cudnn.benchmark = True
     copy = timing.copy_bandwidth(device)
     print(
         f"Copy bandwidth, reads + writes: {copy / 1e9:.0f} GB/s; {len(todo)} shapes and dtypes to measure", flush=True

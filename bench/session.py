@@ -1,7 +1,8 @@
 """Everything that a GPU machine can tell, in one command that ends in time. ``python -m bench.session --out DIR``.
 
 The GPU tests, host times, compute-sanitizer on a small case, bench.run (short list first, then more) and its plots.
-DIR gets at most eight files; what was not reached is said in the summary, which is printed last.
+DIR gets at most eight files; what was not reached is said in the summary, which is printed last. In a copy without git,
+set $COMMIT to the commit that is measured.
 """
 
 import importlib.util
@@ -22,7 +23,7 @@ import torch
 from . import common, plot
 from .common import CPU_CAVEAT, Parser, UserError
 from .contenders import EAGER
-from .run import JSON
+from .run import JSON, STEP
 
 LOG, SUMMARY = "log.txt", "summary.txt"
 LARGEST = 15 * 2**20
@@ -98,7 +99,8 @@ class Session:
             return ""
         command = stage.command
         if stage.name == "run":
-            command = [*command, "--minutes", f"{max(limit - GRACE, 1) / 60:.3f}"]
+            # It starts nothing new near the end, so that it is seldom cut off in the middle of a shape.
+            command = [*command, "--minutes", f"{max(limit - 4 * GRACE, limit / 2) / 60:.3f}"]
         start = time.monotonic()
         text, status = self.child(command, limit)
         words = {0: "done", None: "stopped at its time limit"}.get(status, f"FAILED with exit status {status}")
@@ -161,11 +163,12 @@ def test_counts(text: str) -> str:
 
 
 def geometric_means(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Speed-ups over eager: dtype, direction, contender, geometric mean, the least one, and the number of shapes."""
+    """Speed-ups over eager: dtype, direction or step, contender, geometric mean, the least, the number of shapes."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for row in results["rows"]:
         if row["status"] == "ok" and row["contender"] != EAGER and row.get("speedup"):
-            found.setdefault((row["dtype"], row["direction"], row["contender"]), []).append(row["speedup"])
+            what = row["shape"] if row["group"] == STEP else row["direction"]
+            found.setdefault((row["dtype"], what, row["contender"]), []).append(row["speedup"])
     return [
         (*key, f"{math.exp(sum(map(math.log, values)) / len(values)):.2f}", f"{min(values):.2f}", f"{len(values)}")
         for key, values in found.items()

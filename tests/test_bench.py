@@ -17,7 +17,6 @@ from bench import contenders, host, kernels, layers, passes, plot, readme, run, 
 from bench.offline import Report
 from bench.shapes import Shape
 
-
 SMALL = Shape("small", "cyclegan", "instance", (1, 4, 6, 6), activation="relu", padding=1)
 #: bench.run at its smallest.
 QUICK = ["--device", "cpu", "--quick", "--no-compile", "--seconds", "0.001"]
