@@ -15,12 +15,9 @@ from typing import Any
 
 import torch
 
-from triton_norm import info
+from triton_norm import demo, info
 from triton_norm.__main__ import Parser
-from triton_norm.demo import Progress, pick_device, table
 from triton_norm.info import UserError
-
-__all__ = ["Parser", "Progress", "UserError", "command", "pick_device", "table"]
 
 ROOT = Path(__file__).parents[1]
 CPU_CAVEAT = "CPU times say nothing about GPUs: they show that the script works, not how fast anything is."
@@ -46,6 +43,14 @@ def command(main: Callable[[Any], int], parser: Parser, argv: Sequence[str] | No
         return 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one; a GPU becomes the current one."""
+    device = demo.pick_device(name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return device
 
 
 def comma_list(allowed: Iterable[str], what: str) -> Callable[[str], list[str]]:

@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import nn
 
 from triton_norm import autograd, functional, launch
+from triton_norm.demo import Progress, table
 
 from . import common
-from .common import Parser, Progress, UserError
+from .common import Parser, UserError
 from .layers import Fused, Plain
 from .offline import StubDriver, kernels_for_cpu_tensors
 
@@ -243,7 +244,7 @@ def report(found: Sequence[Row], device: torch.device) -> None:
         return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
     header = ("layer", "", "µs", *PARTS, "launches", "unfused")
-    print(common.table(header, [tuple(cell(row.get(field)) for field in FIELDS) for row in found]))
+    print(table(header, [tuple(cell(row.get(field)) for field in FIELDS) for row in found]))
     print(LEGEND)
     if device.type == "cpu":
         print("Here arithmetic is included in the latter, and launches went to a stub driver.")

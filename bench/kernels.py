@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 
 from triton_norm import functional
-from triton_norm.demo import DTYPES
+from triton_norm.demo import DTYPES, Progress, table
 
 from . import common, shapes
-from .common import Parser, Progress, UserError
+from .common import Parser, UserError
 from .layers import exercise
 from .offline import TARGETS, Report, compiling, kernels_for_cpu_tensors
 from .shapes import Shape
@@ -61,13 +61,21 @@ class Tile:
         whole = self.a[along] * self.itemsize % VECTOR == 0 and self.a[across] * self.itemsize >= VECTOR
         return whole and (self.transposed or self.a["x_s"] == 1)
 
+    def starts_aligned(self, strides: str) -> bool:
+        """Whether every run of a tensor with these strides starts on 16 bytes."""
+        outer = "aks" if self.transposed else "agk"
+        return all(self.a.get(f"{strides}_{dim}", 0) * self.itemsize % VECTOR == 0 for dim in outer)
+
     def narrow(self, counts: dict[int, int], operands: dict[str, str]) -> bool:
-        """Whether there are fewer wide accesses than the tile's tensors need.
+        """Whether there are fewer wide accesses than the tile's tensors need, those that start on 16 bytes.
 
         Parameters and statistics are loaded one number a row, so that narrow accesses exist says nothing.
         """
         width = min(VECTOR, self.bytes_per_thread)
-        tensors = sum(isinstance(self.a.get(name), torch.Tensor) for name in operands)
+        tensors = sum(
+            isinstance(self.a.get(name), torch.Tensor) and self.starts_aligned(strides)
+            for name, strides in operands.items()
+        )
         return sum(n for bits, n in counts.items() if bits >= 8 * width) < tensors * self.bytes_per_thread // width
 
 
@@ -158,7 +166,7 @@ def report(found: Sequence[Row]) -> None:
         yield row["first_shape"] + (f" and {others} more" if others else "")
 
     header = ("", *FIELDS[2:-2], "shapes")
-    print(common.table(header, [tuple(cells(row)) for row in found]))
+    print(table(header, [tuple(cells(row)) for row in found]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from triton_norm.demo import DTYPES, TOLERANCES
+from triton_norm.demo import DTYPES, TOLERANCES, Progress, table
 
 from . import common, passes, shapes, steps, timing
-from .common import CPU_CAVEAT, Parser, Progress, UserError
+from .common import CPU_CAVEAT, Parser, UserError
 from .contenders import COMPILED, EAGER, OURS, PEERS, Unsuitable, contenders, installed
 from .layers import Fused, Plain, build
 from .shapes import Shape
@@ -373,11 +373,7 @@ def report(results: Results) -> None:
         for row in results.rows
         if row["status"] == "ok"
     ]  # fmt: skip
-    print(
-        common.table(
-            ("shape", "dtype", "direction", "contender", "µs", "speed-up", "graph µs", "host µs", "GB/s"), cells
-        )
-    )
+    print(table(("shape", "dtype", "direction", "contender", "µs", "speed-up", "graph µs", "host µs", "GB/s"), cells))
     reached, of = results.header["reached"], results.header["of"]
     print(
         f"\n{len(results.rows)} rows, {reached} of {of} shapes and dtypes measured, in {results.out}/{CSV} and {JSON}"

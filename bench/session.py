@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from triton_norm.demo import table
+
 from . import common, plot
 from .common import CPU_CAVEAT, Parser, UserError
 from .contenders import EAGER
@@ -156,6 +158,8 @@ def _stop(process: subprocess.Popen) -> None:
 
 def test_counts(text: str) -> str:
     """Passed and failed tests of a pytest log, cut off or not."""
+    if found := re.findall(r"^=+ (.*\b(?:passed|failed|error|errors)\b.* in [\d.]+s.*?) =+$", text, re.MULTILINE):
+        return found[-1]
     outcomes = re.findall(r"\b(PASSED|FAILED|ERROR)\b +\S*tests/|\S*tests/\S+.* (PASSED|FAILED|ERROR)\b", text)
     names = [a or b for a, b in outcomes]
     counts = ", ".join(f"{names.count(name)} {name.lower()}" for name in ("PASSED", "FAILED", "ERROR") if name in names)
@@ -214,7 +218,7 @@ def summarize(session: Session) -> None:
         if row["status"] != "ok" and not row["status"].startswith("no equivalent"):
             session.say(f"  {row['shape']} {row['dtype']} {row['contender']}: {row['status']}")
     header = ("dtype", "direction", "contender", "mean speed-up", "least", "shapes")
-    session.say(common.table(header, geometric_means(results)))
+    session.say(table(header, geometric_means(results)))
     try:
         names = [path.name for path in plot.draw(results, session.out)]
         session.say(f"plots: {', '.join(names)}")

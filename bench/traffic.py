@@ -18,11 +18,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from triton_norm import functional, launch
-from triton_norm.demo import DTYPES
+from triton_norm.demo import DTYPES, Progress, table
 from triton_norm.plan import Device
 
 from . import common, passes, shapes
-from .common import Parser, Progress, UserError
+from .common import Parser, UserError
 from .counting import counting
 from .layers import Fused, build
 from .shapes import Shape
@@ -197,7 +197,7 @@ def run(arguments) -> int:
     found = collect(chosen, arguments.dtypes)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, found)
-    print(common.table(HEADER, summary(found)))
+    print(table(HEADER, summary(found)))
     if arguments.kernels:
         keys = ("shape", "direction", "kernel", "launches")
         cells = [
@@ -205,7 +205,7 @@ def run(arguments) -> int:
             for row in found
             if row["kernel"] != TOTAL
         ]
-        print("\n" + common.table((*keys, "read", "written"), cells))
+        print("\n" + table((*keys, "read", "written"), cells))
     print("\nBytes per element of x that kernels ask of memory, caches not counted, so an upper bound; aten operators")
     print("count each of their tensors once. Minimum and eager: see bench/passes.py.")
     return 0

@@ -376,6 +376,13 @@ def _state(pid: int) -> str | None:
         return None
 
 
+def test_session_counts_tests_of_a_whole_log_and_of_a_cut_off_one():
+    log = "[gw0] [ 50%] PASSED tests/a.py::b[x y] \ntests/a.py::c FAILED  [100%]\n"
+    assert session.test_counts(log) == "1 passed, 1 failed"
+    log += "FAILED tests/a.py::c - assert 0\n==== 1 failed, 1 passed in 0.50s ====\n"
+    assert session.test_counts(log) == "1 failed, 1 passed in 0.50s"
+
+
 def test_session_stages_on_a_gpu_are_the_whole_story(tmp_path, monkeypatch):
     monkeypatch.setattr(session.shutil, "which", lambda name: None)
     found = session.stages(torch.device("cuda", 0), tmp_path, 480)
@@ -404,6 +411,8 @@ def tile(**changes) -> dict:
         (tile(x_g=1, x_s=8, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "narrow loads + narrow stores"),
         (tile(x_g=1, x_s=7, G=7, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "ok"),
         (tile(x_g=1, x_s=8, R=4, BLOCK_S=1024), {16: 32}, {16: 32}, 0, "ok"),
+        # Samples of a padded output that start anywhere.
+        (tile(y_a=4098), {128: 4}, {16: 32}, 0, "ok"),
         ({"source": torch.empty(0)}, {32: 9}, {32: 1}, 0, "ok"),
     ],
 )

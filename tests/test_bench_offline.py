@@ -42,11 +42,12 @@ def test_kernels_reports_what_was_compiled(target, tmp_path):
     assert f"{len(rows(out))} configurations, 0 with a fault" in done.stdout
 
 
-def test_host_accounts_for_a_call(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_host_accounts_for_a_call(device, tmp_path):
     out = tmp_path / "host.csv"
-    done = bench("host", "--quick", "--out", str(out))
+    done = bench("host", "--quick", "--device", device, "--out", str(out))
     assert done.returncode == 0, done.stderr
-    assert "stub driver" in done.stdout
+    assert ("stub driver" in done.stdout) == (device == "cpu")
     found = rows(out)
     assert found[0]["layer"] == "bare Triton launch"
     assert 0.5 < float(found[0]["total_us"]) < 1000
