@@ -46,10 +46,12 @@ def command(main: Callable[[Any], int], parser: Parser, argv: Sequence[str] | No
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or the GPU if there is one; a GPU becomes the current one."""
+    """The device of that name, or the GPU if there is one; a GPU becomes the current one, a CPU runs one thread."""
     device = demo.pick_device(name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        torch.set_num_threads(1)  # work this small only waits for a second thread on a busy machine
     return device
 
 

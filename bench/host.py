@@ -224,8 +224,6 @@ def run(arguments) -> int:
     device = common.pick_device(arguments.device)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # waiting for a second thread is not what a call costs
     watch = Stopwatch(*((3, 20) if arguments.quick else (20, 50)), device)
     names = ["BatchNorm2d + relu", "InstanceNorm2d + relu"] if arguments.quick else list(LAYERS)
     if device.type == "cuda":
