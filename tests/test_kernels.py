@@ -120,6 +120,65 @@ def test_folded_rows(backend, force, poison, bits):
     check(a)
 
 
+PADDED = {
+    "one_row": persistent(1),
+    "four_rows": persistent(4),
+    "three_programs_a_row": split(2, 2, 4, 3),
+    "idle_programs": split(1, 4, 16, 7),
+}
+
+
+@KERNELS
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_padding(backend, force, poison, kind, name, layout, mode):
+    force(PADDED[name])
+    a = arguments(kind, SHAPE, device=backend.device, residual=True, statistics=True, activation="relu")
+    a.padding, a.padding_mode = (3, 1, 0, 2), mode
+    a.x, a.residual = LAYOUTS[layout](a.x), LAYOUTS[layout](a.residual)
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("shape, padding", [((2, 3, 7), (2, 3)), ((1, 2, 3, 4, 8), (1, 0, 2, 3, 2, 1))])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_padding_of_lines_and_volumes(backend, force, poison, kind, shape, padding, channels_last):
+    a = arguments(kind, shape, device=backend.device, residual=True, activation="silu", padding=padding)
+    if channels_last and len(shape) == 5:
+        a.x = a.x.contiguous(memory_format=torch.channels_last_3d)
+    check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("use_stats", [True, False])
+@pytest.mark.parametrize("kind", ["batch", "instance"])
+def test_padded_and_plain_share_a_gradient(backend, poison, kind, use_stats):
+    """Both results of one pass, with bits for the residual, differentiated twice, against the composed formula."""
+    a = arguments(
+        kind, (2, 3, 5, 8), torch.float64, backend.device, residual=True, statistics=not use_stats, use_stats=use_stats
+    )
+    function = {"batch": tn.functional.batch_norm, "instance": tn.functional.instance_norm}[kind]
+    norm = {"batch": torch.nn.functional.batch_norm, "instance": torch.nn.functional.instance_norm}[kind]
+    leaves = [t.requires_grad_() for t in (a.x, a.weight, a.bias, a.residual)]
+    y = function(
+        a.x, a.running_mean, a.running_var, a.weight, a.bias, use_stats,
+        residual=a.residual, activation="relu", padding=(1, 2, 3, 0), return_unpadded=True,
+    )  # fmt: skip
+    z = norm(a.x, a.running_mean, a.running_var, a.weight, a.bias, use_stats) + a.residual
+    want = (torch.nn.functional.pad(z.relu(), (1, 2, 3, 0), "reflect"), z.relu())
+    results = []
+    for padded, plain in (y, want):
+        first = torch.autograd.grad(padded.pow(3).sum() + plain.square().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves, retain_graph=True)
+        only_plain = torch.autograd.grad(plain.square().sum(), leaves)
+        results.append([padded, plain, *first, *second, *only_plain])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-9)
+
+
 @KERNELS
 @pytest.mark.parametrize("kind", ["batch", "instance"])
 def test_offsets_beyond_32_bits(backend, kind):

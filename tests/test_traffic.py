@@ -59,6 +59,16 @@ def test_batch_norm(shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+def test_padding_writes_once_and_reads_nothing_again(mode, layout):
+    module = tn.InstanceNorm2d(8, affine=True, activation="relu", padding=1, padding_mode=mode)
+    (forward, launches), (backward, backward_launches) = measure(module, (2, 8, 64, 64), layout)
+    frame = 66 * 66 / 64 / 64
+    assert forward <= 2 + 2 * frame + 0.02 and launches == 1
+    assert backward <= 4 + 2 * frame + 0.02 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_eval_batch_norm_is_a_copy(layout):
     """Read x and write y: exactly twice the element size, but for the parameters of each tile's rows."""
     module = tn.BatchNorm2d(8, activation="relu").eval()

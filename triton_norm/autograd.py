@@ -31,14 +31,15 @@ _forward = _define(
     "forward",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, Tensor? mean, Tensor? variance, str kind, float momentum, float eps, "
-    "str activation, float[] parameters, bool keep_bits) -> (Tensor, Tensor, Tensor)",
+    "str activation, float[] parameters, bool keep_bits, int[] padding, str padding_mode, bool keep_plain) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     launch.forward,
 )
 _backward = _define(
     "backward",
-    "(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor? mean, "
-    "Tensor? variance, Tensor? statistics, Tensor? bits, str kind, float eps, str activation, float[] parameters, "
-    "bool[] wanted) -> Tensor[]",
+    "(Tensor? dy, Tensor? dplain, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
+    "Tensor? mean, Tensor? variance, Tensor? statistics, Tensor? bits, str kind, float eps, "
+    "str activation, float[] parameters, int[] padding, str padding_mode, bool[] wanted) -> Tensor[]",
     launch.backward,
 )
 
@@ -57,36 +58,44 @@ def normalize(
     eps: float,
     activation: str,
     parameters: tuple[float, ...],
-) -> Tensor:
-    """activation(norm(x) * weight + bias + residual) with x (N, C, *spatial), not empty, and checked arguments.
+    padding: tuple[int, ...] = (),
+    padding_mode: str = "reflect",
+    keep_plain: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """pad(activation(norm(x) * weight + bias + residual)) with x (N, C, *spatial), not empty, and checked arguments.
 
     ``kind`` is "batch" or "instance"; weight and bias are (C,) or None, slope (1,) or (C,) for "prelu".
     With ``use_stats`` the running statistics are updated in place, without it they are what x is normalized with.
+    ``padding`` is empty or torch's (left, right, ...) for every spatial dim, none negative. Returns the padded tensor
+    and, with ``keep_plain``, the unpadded one; without padding only the first counts.
     """
     statistics = (running_mean, running_var, None, None) if use_stats else (None, None, running_mean, running_var)
-    y, _, _ = _Normalize.apply(
-        x, weight, bias, residual, slope, *statistics, kind, momentum, eps, activation, parameters
-    )
-    return y
+    y, plain, _, _ = _Normalize.apply(
+        x, weight, bias, residual, slope, *statistics,
+        kind, momentum, eps, activation, parameters, padding, padding_mode, keep_plain,
+    )  # fmt: skip
+    return y, plain
 
 
 class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-        kind, momentum, eps, activation, parameters,
+        kind, momentum, eps, activation, parameters, padding, padding_mode, keep_plain,
     ):  # fmt: skip
         keep_bits = residual is not None and ACTIVATIONS[activation].levels is not None
-        return _forward(
+        y, statistics, bits, plain = _forward(
             x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-            kind, momentum, eps, activation, parameters, keep_bits,
+            kind, momentum, eps, activation, parameters, keep_bits, padding, padding_mode, keep_plain,
         )  # fmt: skip
+        return y, plain, statistics, bits
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, residual, slope, _, _, mean, variance, kind, _, eps, activation, parameters = inputs
-        _, statistics, bits = output
-        ctx.mark_non_differentiable(statistics, bits)
+        x, weight, bias, residual, slope, _, _, mean, variance, kind, _, eps, activation, parameters, *rest = inputs
+        padding, padding_mode, keep_plain = rest
+        _, plain, statistics, bits = output
+        ctx.mark_non_differentiable(statistics, bits, *(() if keep_plain and padding else (plain,)))
         ctx.set_materialize_grads(False)
         bits = bits if bits.numel() else None
         # What z is not recomputed from is not kept alive.
@@ -94,18 +103,20 @@ class _Normalize(torch.autograd.Function):
         if not depends_on_z:
             residual = None
         ctx.save_for_backward(x, weight, bias, residual, slope, mean, variance, statistics, bits)
-        ctx.constants = (kind, eps, activation, parameters)
+        ctx.constants = (kind, eps, activation, parameters, padding, padding_mode)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, *_: None):
-        unused = (None,) * 9
-        if dy is None:
+    def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None, *_: None):
+        unused = (None,) * (len(ctx.needs_input_grad) - 5)
+        if dy is None and dplain is None:
             return (None,) * 5 + unused
         wanted = list(ctx.needs_input_grad[:5])
-        # Without an activation the residual's gradient is the output's.
-        passed_on = wanted[3] and ctx.constants[2] == "identity"
+        # Without activation and padding the residual's gradient is the output's.
+        passed_on = wanted[3] and ctx.constants[2] == "identity" and not ctx.constants[4]
         wanted[3] = wanted[3] and not passed_on
-        gradients = _NormalizeBackward.apply(dy, *ctx.saved_tensors, *ctx.constants, wanted) if any(wanted) else ()
+        gradients = ()
+        if any(wanted):
+            gradients = _NormalizeBackward.apply(dy, dplain, *ctx.saved_tensors, *ctx.constants, wanted)
         gradients = _spread(gradients, wanted)
         if passed_on:
             gradients[3] = dy
@@ -131,50 +142,58 @@ def _fresh(t: Tensor | None) -> Tensor | None:
 class _NormalizeBackward(torch.autograd.Function):
     @staticmethod
     def forward(
-        dy, x, weight, bias, residual, slope, mean, variance, statistics, bits,
-        kind, eps, activation, parameters, wanted,
+        dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits,
+        kind, eps, activation, parameters, padding, padding_mode, wanted,
     ):  # fmt: skip
         return tuple(
             _backward(
-                dy, x, weight, bias, residual, slope, mean, variance, statistics, bits,
-                kind, eps, activation, parameters, wanted,
+                dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits,
+                kind, eps, activation, parameters, padding, padding_mode, wanted,
             )
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        *tensors, _, ctx.bits, ctx.kind, ctx.eps, ctx.activation, ctx.parameters, ctx.wanted = inputs
-        ctx.save_for_backward(*tensors)
+        ctx.bits, ctx.kind, ctx.eps, ctx.activation, ctx.parameters = inputs[10:15]
+        ctx.padding, ctx.padding_mode, ctx.wanted = inputs[15:]
+        ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: FunctionCtx, *upstream: Tensor | None):
-        dy, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
+        dy, dplain, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             if ctx.bits is not None:
                 # The activation is linear on either side of its corner, and the bits tell the side.
                 on, off = ACTIVATIONS[ctx.activation].levels(*ctx.parameters)
-                side = torch.where(launch.unpack_bits(ctx.bits, x, ctx.kind), on, off)
+                side = torch.where(launch.unpack_bits(ctx.bits, x, ctx.kind, bool(ctx.padding)), on, off)
                 residual = torch.zeros_like(x)
 
                 def activation(z: Tensor) -> Tensor:
                     return z * side.to(z.dtype)
             else:
                 activation = None
-            dy, *inputs = [_fresh(t) for t in (dy, x, weight, bias, residual, slope)]
+            dy, dplain, *inputs = [_fresh(t) for t in (dy, dplain, x, weight, bias, residual, slope)]
             x, weight, bias, residual, slope = inputs
             if activation is None:
                 wide = None if slope is None else slope.to(torch.promote_types(x.dtype, torch.float32))
                 activation = Resolved(ctx.activation, ctx.parameters, wide)
-            y = reference.formula(
+            y = plain = reference.formula(
                 x, weight, bias, residual, mean, variance, ctx.kind, mean is None, ctx.eps, activation
             )
-            firsts = [t for t, want in zip(inputs, ctx.wanted, strict=True) if want]
-            firsts = torch.autograd.grad(y, firsts, dy, create_graph=True)
+            if ctx.padding:
+                y = reference.pad(y, ctx.padding, ctx.padding_mode)
+            ends = [(end, d) for end, d in ((y, dy), (plain, dplain)) if d is not None]
+            firsts = torch.autograd.grad(
+                [end for end, _ in ends],
+                [t for t, want in zip(inputs, ctx.wanted, strict=True) if want],
+                [d for _, d in ends],
+                create_graph=True,
+            )
             pairs = [(f, u) for f, u in zip(firsts, upstream, strict=True) if u is not None and f.requires_grad]
-            seconds = [dy, *inputs]
-            asked = [t is not None and need for t, need in zip(seconds, ctx.needs_input_grad[:6], strict=True)]
+            seconds = [dy, dplain, *inputs]
+            asked = [t is not None and need for t, need in zip(seconds, ctx.needs_input_grad[:7], strict=True)]
             if not pairs or not any(asked):
                 return (None,) * len(ctx.needs_input_grad)
             found = torch.autograd.grad(
@@ -184,4 +203,4 @@ class _NormalizeBackward(torch.autograd.Function):
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return *_spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 6)
+        return *_spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)

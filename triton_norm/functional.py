@@ -111,8 +111,11 @@ def _normalize(
 
     if fits and x.numel() and _backend(x) == "triton":
         y = _launch(
-            x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed
-        )
+            x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed,
+            _sides(x, padding), padding_mode, return_unpadded,
+        )  # fmt: skip
+        if isinstance(y, tuple):
+            return y if return_unpadded else y[0]
     else:
         y = reference.normalize(
             x, weight, bias, residual, running_mean, running_var, kind, use_stats, momentum, eps, _on_torch(resolved, x)
@@ -130,17 +133,27 @@ def check_padding_mode(mode: str) -> None:
         )
 
 
+def _sides(x: Tensor, padding: int | tuple[int, ...]) -> tuple[int, ...]:
+    """Torch's (left, right, ...) for every spatial dim where the kernels pad, else empty."""
+    if isinstance(padding, int):
+        return (padding,) * (2 * (x.dim() - 2)) if padding > 0 and x.dim() <= 5 else ()
+    return tuple(padding) if x.dim() <= 5 and len(padding) == 2 * (x.dim() - 2) and min(padding) >= 0 else ()
+
+
 def _launch(
-    x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed
+    x, weight, bias, residual, resolved, running_mean, running_var, kind, use_stats, momentum, eps, composed,
+    sides, padding_mode, keep_plain,
 ):  # fmt: skip
+    """The unpadded result or, where the kernels pad it too, (padded, unpadded if ``keep_plain``)."""
     from . import autograd
 
     if not composed:
-        return autograd.normalize(
+        y, plain = autograd.normalize(
             x, weight, bias, residual, resolved.slope, running_mean, running_var,
-            kind, use_stats, momentum, eps, resolved.name, resolved.parameters,
+            kind, use_stats, momentum, eps, resolved.name, resolved.parameters, sides, padding_mode, keep_plain,
         )  # fmt: skip
-    y = autograd.normalize(
+        return (y, plain) if sides else y
+    y, _ = autograd.normalize(
         x, None, None, None, None, running_mean, running_var, kind, use_stats, momentum, eps, "identity", ()
     )
     return reference.finish(y, x, weight, bias, residual, _on_torch(resolved, x))

@@ -6,6 +6,7 @@ Every norm is the same computation on such a view; only which dimensions form a 
 |--------------------------|------|------------|
 | instance                 | N, C | 1, spatial |
 | batch                    | 1, C | N, spatial |
+| planes, to be padded     | N, C | D * H, W   |
 
 Memory format is strides, and dimensions whose strides allow it are merged, so that a contiguous instance norm becomes
 one dimension of N * C rows and a channels_last batch norm C rows of N * H * W columns.
@@ -30,6 +31,13 @@ class Geometry:
     channels: int
     x: Strides
     y: Strides
+    #: Of planes alone: the size H that splits k into (d, h), and y's stride in d. The stride in k is that in h.
+    H: int = 0
+    y_d: int = 0
+
+    @property
+    def padded(self) -> bool:
+        return self.H > 0
 
     @property
     def rows(self) -> int:
@@ -69,12 +77,15 @@ def merge(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
 
 
 def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> Geometry | None:
-    """The geometry of ``kind`` ("batch" or "instance") on a (N, C, *spatial) tensor.
+    """The geometry of ``kind`` ("batch", "instance" or "planes") on a (N, C, *spatial) tensor.
 
-    x and y are the strides of the input and of the dense tensors. None where the columns need more than two
-    dimensions, as after cropping a volume in several directions: make the input dense then.
+    x and y are the strides of the input and of the dense tensors; for planes, of the input and everything laid out
+    like it, and of the padded tensor. None where the columns need more than two dimensions, as after cropping a volume
+    in several directions: make the input dense then.
     """
     dims = list(zip(shape, x, y, strict=True))
+    if kind == "planes":
+        return _planes(dims)
     samples, channel, spatial = dims[0], dims[1], dims[2:]
     outer, reduced = ([], [samples, *spatial]) if kind == "batch" else ([samples], spatial)
     # The order of a sum's terms is free, so columns are taken in memory order, whatever the order of the dimensions.
@@ -84,6 +95,17 @@ def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ..
     rows = merge([*outer, channel])
     sizes, x_strides, y_strides = zip(*_pad(rows, 0), *_pad(columns, 1), strict=True)
     return Geometry(*sizes, channels=channel[0], x=x_strides, y=y_strides)
+
+
+def _planes(dims: list[tuple[int, int, int]]) -> Geometry | None:
+    *_, d, h, w = [(1, 0, 0), (1, 0, 0), *dims[2:]]
+    if d[0] > 1 and h[0] > 1 and d[1] != h[0] * h[1]:
+        return None
+    (A, x_a, y_a), (G, x_g, y_g) = _pad(merge(dims[:2]), 0)
+    k = h if h[0] > 1 else d
+    return Geometry(
+        A, G, d[0] * h[0], w[0], dims[1][0], (x_a, x_g, k[1], w[1]), (y_a, y_g, h[2], w[2]), H=h[0], y_d=d[2]
+    )
 
 
 def _pad(dims: list[tuple[int, ...]], inner_stride: int) -> list[tuple[int, ...]]:

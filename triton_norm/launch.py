@@ -14,6 +14,7 @@ from .kernels import backward as backward_kernels
 from .kernels import forward as forward_kernels
 from .kernels import statistics as statistics_kernels
 from .kernels.activations import ACTIVATIONS
+from .kernels.padding import MODES
 from .plan import Device, Plan, cdiv, power_of_2
 
 # Compiled as written whatever Triton's default: contracting a * b + c is what the accuracy tests have seen.
@@ -30,7 +31,7 @@ class Launch(NamedTuple):
     sizes: tuple[int, ...]
     #: tiles, steps, splits
     walk: tuple[int, ...]
-    #: x and y strides
+    #: x and y strides, H, y's stride in d
     strides: tuple[int, ...]
     #: R, BLOCK_K, BLOCK_S
     tile: tuple[int, ...]
@@ -74,7 +75,7 @@ def _prepare(
         geometry.A * cdiv(geometry.G, plan.rows),
         (geometry.G, geometry.K, geometry.S, geometry.rows, geometry.channels),
         (cdiv(geometry.K, plan.block_k) * cdiv(geometry.S, plan.block_s), plan.steps, plan.splits),
-        (*geometry.x, *geometry.y),
+        (*geometry.x, *geometry.y, geometry.H, geometry.y_d),
         (plan.rows, plan.block_k, plan.block_s),
         (tl.float64 if double else tl.float32, plan.fits(geometry), geometry.wide),
         torch.float64 if double else torch.float32,
@@ -123,42 +124,81 @@ def forward(
     activation: str,
     parameters: list[float],
     keep_bits: bool,
+    padding: list[int],
+    padding_mode: str,
+    keep_plain: bool,
     run: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Normalizes x (N, C, *spatial), not empty, over ``kind`` ("batch" or "instance").
 
     weight, bias and slope are (C,) or None; running_mean and running_var are updated; mean and variance, (C,), stand
-    for the statistics of x where given (eval). Returns y, like x; the statistics, (2, rows) of mean and rstd; and one
-    bit per element of the activation's derivative. The last two are empty where statistics are given, and where bits
-    are not asked for with ``keep_bits`` or the layout does not allow them.
+    for the statistics of x where given (eval). ``padding`` is torch's (left, right, top, bottom, ...), none negative,
+    for all spatial dims, or empty.
+
+    Returns y, like x but for the padding; the statistics, (2, rows) of mean and rstd; one bit per element of the
+    activation's derivative; and y without its padding. The last three are empty where statistics are given, where bits
+    are not asked for with ``keep_bits`` or the layout does not allow them, and without ``keep_plain`` and padding.
     """
-    y = torch.empty_like(x)
+    if padding:
+        x = _dense(x)
+    plain = torch.empty_like(x) if keep_plain or not padding else x.new_empty(0)
+    y = _empty_padded(x, padding) if padding else plain
     rows = x.shape[1] if kind == "batch" else x.shape[0] * x.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Instances share their channel's running statistics, so those are averaged from the rows' variances afterwards.
     average = kind == "instance" and running_mean is not None
     statistics = x.new_empty(0 if mean is not None else (3 if average else 2) * rows, dtype=dtype)
-    bits = x.new_empty(_bits(x, y) if keep_bits else 0, dtype=torch.uint8)
+    bits = x.new_empty(_bits(x, plain, padding) if keep_bits else 0, dtype=torch.uint8)
     if run:
         _forward(
-            x, y, weight, bias, _like(residual, y), _per_channel(slope, x),
+            x, y, weight, bias, _like(residual, x if padding else y), _per_channel(slope, x),
             None if average else running_mean, None if average else running_var, mean, variance,
-            kind, momentum, eps, activation, parameters,
-            statistics, bits if bits.numel() else None, average,
+            kind, momentum, eps, activation, parameters, statistics, bits if bits.numel() else None,
+            plain if keep_plain and padding else None, average, _pad(padding, padding_mode),
         )  # fmt: skip
     if average:
         per_instance = statistics.view(3, x.shape[0], x.shape[1]).mean(1)
         running_mean.lerp_(per_instance[0].to(running_mean.dtype), momentum)
         running_var.lerp_(per_instance[2].to(running_var.dtype), momentum)
-    return y, statistics, bits
+    return y, statistics, bits, plain if padding else x.new_empty(0)
 
 
-def _bits(x: Tensor, y: Tensor) -> int:
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return memory_format if memory_format and x.is_contiguous(memory_format=memory_format) else None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels_last, as a padded launch needs it."""
+    return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
+
+
+def _empty_padded(x: Tensor, padding: list[int]) -> Tensor:
+    """An empty tensor of x's padded shape, in x's memory format."""
+    # torch lists the sides of the last dimension first.
+    sides = [low + high for low, high in zip(padding[::2], padding[1::2], strict=True)][::-1]
+    spatial = [size + both for size, both in zip(x.shape[2:], sides, strict=True)]
+    memory_format = (None if x.is_contiguous() else _channels_last(x)) or torch.contiguous_format
+    return torch.empty((*x.shape[:2], *spatial), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _pad(padding: list[int], mode: str) -> tuple[int, ...] | None:
+    """The kernels' PAD: the mode, then low and high of D, H and W."""
+    if not padding:
+        return None
+    sides = [*padding, 0, 0, 0, 0][:6]
+    return (MODES[mode], *sides[4:], *sides[2:4], *sides[:2])
+
+
+def _bits(x: Tensor, plain: Tensor, padding: list[int]) -> int:
     """Bytes of one bit per element, or 0 where a row does not split into whole bytes in memory order."""
+    if padding:
+        # Columns are (D * H, W), and a byte lies within one line of W.
+        return x.numel() // 8 if x.shape[-1] % 8 == 0 else 0
     plane = 1
     for size in x.shape[2:]:
         plane *= size
-    return x.numel() // 8 if plane % 8 == 0 and x.stride() == y.stride() else 0
+    return x.numel() // 8 if plane % 8 == 0 and x.stride() == plain.stride() else 0
 
 
 def _per_channel(slope: Tensor | None, x: Tensor) -> Tensor | None:
@@ -174,50 +214,68 @@ def _numbers(activation: str, parameters: list[float]) -> tuple:
 
 def _forward(
     x, y, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-    kind, momentum, eps, activation, parameters, statistics, bits, store_variance,
+    kind, momentum, eps, activation, parameters, statistics, bits, plain, store_variance, pad,
 ):  # fmt: skip
-    x, at = prepare(kind, x, y, False, mean is None, "none" if residual is None else "residual")
-    plan = at.plan
-    row = ACTIVATIONS[activation]
-    numbers, (_, off) = _numbers(activation, parameters)
-    functions = (eps, store_variance, row.value, row.derivative, *numbers, off)
     # Momentum as two float32 numbers whose sum is the double: Triton passes Python floats as float32.
     high = torch.tensor(momentum, dtype=torch.float32).item() if x.dtype == torch.float64 else momentum
     momenta = (high, momentum - high)
+    # A row of a batch norm spans samples, which is more than a padded tile has room for: statistics first, by channel.
+    per_channel = pad is not None and kind == "batch" and mean is None
+    if per_channel:
+        dense, at = prepare(kind, x, x, False, False, "none")
+        _statistics(dense, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize=True)
+        running_mean = running_var = None
+    extra = "none" if residual is None else "residual"
+    x, at = prepare("planes" if pad else kind, x, y, False, mean is None and not per_channel, extra)
+    plan = at.plan
+    row = ACTIVATIONS[activation]
+    numbers, (_, off) = _numbers(activation, parameters)
+    functions = (row.value, row.derivative, *numbers, off)
     if plan.regime == "persistent":
         _run(
             x, forward_kernels.persistent_forward, (at.row_blocks,),
-            x, y, residual, bits, statistics, weight, bias, slope, running_mean, running_var, *momenta,
-            *at.sizes, *at.strides, *functions, *at.tile, *at.acc, num_warps=plan.warps,
+            x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, *momenta,
+            *at.sizes, *at.strides, eps, store_variance, *functions, *at.tile, pad, *at.acc, num_warps=plan.warps,
         )  # fmt: skip
         return
-    grid = (at.row_blocks, plan.splits)
     partials = None
-    if mean is None:
-        partials = torch.empty((3 * plan.splits + 1) * at.geometry.rows, dtype=at.dtype, device=x.device)
-        G, K, S, rows, _ = at.sizes
-        _run(
-            x, statistics_kernels.partial_statistics, grid,
-            x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, *at.acc, num_warps=plan.warps,
-        )  # fmt: skip
-        if not plan.inline:
-            block = 8
-            _run(
-                x, statistics_kernels.finalize_statistics, (cdiv(rows, block),),
-                partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
-                eps, store_variance, block, power_of_2(plan.splits), at.acc[0], num_warps=4,
-            )  # fmt: skip
-            partials = running_mean = running_var = None
+    if mean is None and not per_channel:
+        partials = _statistics(
+            x, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize=not plan.inline
+        )
+        if partials is None:
+            running_mean = running_var = None
     _run(
-        x, forward_kernels.normalize, grid,
-        x, y, residual, bits, partials, statistics, mean, variance, weight, bias, slope,
-        running_mean, running_var, *momenta, *at.sizes, *at.walk, *at.strides,
-        *functions, *at.tile, power_of_2(plan.splits), *at.acc, num_warps=plan.warps,
+        x, forward_kernels.normalize, (at.row_blocks, plan.splits),
+        x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
+        running_mean, running_var, *momenta, *at.sizes, *at.walk, *at.strides, eps, store_variance, per_channel,
+        *functions, *at.tile, power_of_2(plan.splits), pad, *at.acc, num_warps=plan.warps,
     )  # fmt: skip
 
 
+def _statistics(x, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize):
+    """The split regime's first pass. Returns partial statistics for the last pass to combine, or None if finalized."""
+    plan = at.plan
+    G, K, S, rows, _ = at.sizes
+    partials = torch.empty((3 * plan.splits + 1) * rows, dtype=at.dtype, device=x.device)
+    _run(
+        x, statistics_kernels.partial_statistics, (at.row_blocks, plan.splits),
+        x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, *at.acc, num_warps=plan.warps,
+    )  # fmt: skip
+    if not finalize:
+        return partials
+    block = 8
+    _run(
+        x, statistics_kernels.finalize_statistics, (cdiv(rows, block),),
+        partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
+        eps, store_variance, block, power_of_2(plan.splits), at.acc[0], num_warps=4,
+    )  # fmt: skip
+    return None
+
+
 def backward(
-    dy: Tensor,
+    dy: Tensor | None,
+    dplain: Tensor | None,
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -225,27 +283,34 @@ def backward(
     slope: Tensor | None,
     mean: Tensor | None,
     variance: Tensor | None,
-    statistics: Tensor | None,
+    statistics: Tensor,
     bits: Tensor | None,
     kind: str,
     eps: float,
     activation: str,
     parameters: list[float],
+    padding: list[int],
+    padding_mode: str,
     wanted: list[bool],
     run: bool = True,
 ) -> list[Tensor]:
     """Those gradients of x, weight, bias, residual and slope that are ``wanted``, in this order.
 
-    Takes what ``forward`` took and returned; residual is needed only where the activation's derivative depends on it
-    and there are no bits. Without an activation the residual's gradient is dy, which nobody needs to ask for.
+    Takes what ``forward`` took and returned, and the gradients of y and of the plain tensor, at least one; residual is
+    needed only where the activation's derivative depends on it and there are no bits. Without activation and padding
+    the residual's gradient is dy, which nobody needs to ask for.
     """
+    if padding:
+        x = _dense(x)
+        dy = _like(dy, _empty_padded(x, padding)) if dy is not None else _empty_padded(x, padding).zero_()
     like_y = torch.empty_like(x)
     templates = (like_y, weight, bias, like_y, x.new_empty(x.shape[1], dtype=slope.dtype) if wanted[4] else None)
     outputs = [torch.empty_like(template) if want else None for template, want in zip(templates, wanted, strict=True)]
     if run:
         _backward(
-            _like(dy, like_y), x, like_y, weight, bias, _like(residual, like_y), _per_channel(slope, x),
-            mean, variance, statistics, bits, kind, eps, activation, parameters, *outputs,
+            dy if padding else _like(dy, like_y), _like(dplain, like_y), x, like_y, weight, bias,
+            _like(residual, like_y), _per_channel(slope, x), mean, variance, statistics, bits,
+            kind, eps, activation, parameters, _pad(padding, padding_mode), *outputs,
         )  # fmt: skip
     if wanted[4] and slope.numel() != x.shape[1]:
         outputs[4] = outputs[4].sum(0, keepdim=True)
@@ -253,12 +318,16 @@ def backward(
 
 
 def _backward(
-    dy, x, like_y, weight, bias, residual, slope, mean, variance, statistics, bits, kind, eps, activation, parameters,
-    dx, dweight, dbias, dresidual, dslope,
+    dy, dplain, x, like_y, weight, bias, residual, slope, mean, variance, statistics, bits,
+    kind, eps, activation, parameters, pad, dx, dweight, dbias, dresidual, dslope,
 ):  # fmt: skip
     extra = "bits" if bits is not None else "none" if residual is None else "residual"
-    x, at = prepare(kind, x, like_y, True, mean is None, extra)
-    plan, rows = at.plan, at.geometry.rows
+    given = mean is not None
+    per_channel = pad is not None and kind == "batch" and not given
+    x, at = prepare(
+        "planes" if pad else kind, x, dy if pad else like_y, True, not given and not per_channel, extra
+    )  # fmt: skip
+    plan, rows, channels = at.plan, at.geometry.rows, at.geometry.channels
     numbers, levels = _numbers(activation, parameters)
     functions = (ACTIVATIONS[activation].derivative, *numbers, *levels)
     parameter_gradients = dweight is not None or dbias is not None or dslope is not None
@@ -268,39 +337,45 @@ def _backward(
         splits = 1
         _run(
             x, backward_kernels.persistent_backward, (at.row_blocks,),
-            x, dy, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
-            *at.sizes, *at.strides, *functions, *at.tile, *at.acc, plan.fold > 1, num_warps=plan.warps,
+            x, dy, dplain, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
+            *at.sizes, *at.strides, *functions, *at.tile, pad, *at.acc, plan.fold > 1, num_warps=plan.warps,
         )  # fmt: skip
     else:
         splits = plan.splits
-        grid = (at.row_blocks, splits)
-        given = mean is not None
         sums = None
         if parameter_gradients or not given:
             sums = torch.empty(planes * splits * rows, dtype=at.dtype, device=x.device)
 
         def run(dx, dresidual, earlier, partials, splits):
             _run(
-                x, backward_kernels.gradient, grid,
-                x, dy, dx, dresidual, residual, bits, statistics, mean, variance, earlier, partials,
-                weight, bias, slope, *at.sizes, *at.walk[:2], splits, *at.strides, eps, *functions,
-                *at.tile, power_of_2(splits), *at.acc, num_warps=plan.warps,
+                x, backward_kernels.gradient, (at.row_blocks, plan.splits),
+                x, dy, dplain, dx, dresidual, residual, bits, statistics, mean, variance, earlier, partials,
+                weight, bias, slope, *at.sizes, *at.walk[:2], splits, *at.strides, eps, per_channel, *functions,
+                *at.tile, power_of_2(splits), pad, *at.acc, num_warps=plan.warps,
             )  # fmt: skip
 
         if given:
             run(dx, dresidual, None, sums, splits)
         else:
             run(None, None, None, sums, splits)
-            if dx is not None and not plan.inline:
-                partials, sums = sums, torch.empty(planes * rows, dtype=at.dtype, device=x.device)
-                outputs = [sums[q * rows : (q + 1) * rows] if q < planes else None for q in range(3)]
-                _column_sums(x, partials, outputs, splits, rows, at.acc[0])
+            if per_channel:
+                sums = _sum_planes(x, at, sums, planes, splits * rows // channels, channels)
+                splits, rows = 1, channels
+            elif dx is not None and not plan.inline:
+                sums = _sum_planes(x, at, sums, planes, splits, rows)
                 splits = 1
             if dx is not None or dresidual is not None:
                 run(dx, dresidual, sums, None, splits)
     if parameter_gradients:
-        channels = at.geometry.channels
         _column_sums(x, sums, (dweight, dbias, dslope), splits * rows // channels, channels, at.acc[0])
+
+
+def _sum_planes(x, at, partials, planes, length, width):
+    """(planes, length, width) summed to (planes, width)."""
+    sums = torch.empty(planes * width, dtype=at.dtype, device=x.device)
+    outputs = [sums[q * width : (q + 1) * width] if q < planes else None for q in range(3)]
+    _column_sums(x, partials, outputs, length, width, at.acc[0])
+    return sums
 
 
 def _column_sums(x, source, outputs, length, width, acc) -> None:
@@ -312,10 +387,10 @@ def _column_sums(x, source, outputs, length, width, acc) -> None:
     )  # fmt: skip
 
 
-def unpack_bits(bits: Tensor, x: Tensor, kind: str) -> Tensor:
+def unpack_bits(bits: Tensor, x: Tensor, kind: str, padded: bool) -> Tensor:
     """The bits that ``forward`` kept, as a boolean tensor of x's shape."""
-    y = torch.empty_like(x, dtype=torch.bool)
-    geometry = view(kind, tuple(x.shape), x.stride(), y.stride())
+    y = torch.empty_like(_dense(x) if padded else x, dtype=torch.bool)
+    geometry = view("planes" if padded else kind, tuple(x.shape), y.stride(), y.stride())
     sizes = (geometry.A, geometry.G, geometry.K, geometry.S)
     on = bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
     y.as_strided(sizes, geometry.y).copy_(on.view(sizes))

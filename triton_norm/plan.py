@@ -81,7 +81,8 @@ def choose(
             threads = 256 if backward and scattered and elements == FULL_TILE else 512
             warps = _warps(elements, 16 if backward else 32, threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
-            fold = 4 if geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1 else 1
+            folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
+            fold = 4 if folds else 1
             block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
             return Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
     return _split(geometry, itemsize, backward, device)
@@ -89,7 +90,7 @@ def choose(
 
 def _vectorizes(geometry: Geometry, itemsize: int) -> bool:
     """Whether a row of a contiguous layout is read in 16-byte pieces."""
-    return geometry.S * itemsize % 16 == 0
+    return not geometry.padded and geometry.S * itemsize % 16 == 0
 
 
 def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: bool, extra: str) -> int:
@@ -99,6 +100,8 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
     """
     if itemsize == 8:
         return FULL_TILE // 4 if backward else FULL_TILE // 2
+    if geometry.padded:
+        return FULL_TILE // 2 if backward else FULL_TILE
     aligned = _vectorizes(geometry, itemsize)
     if not backward:
         free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)

@@ -11,6 +11,7 @@ parameters: no atomics, and every result is bitwise repeatable. Sums lie as (Q, 
 """
 
 from . import tl, triton
+from .padding import load_folded
 from .tiles import columns, count, load_bits, load_rows, offsets, row_block, tile_mask
 
 
@@ -45,12 +46,12 @@ def through_activation(
 
 @triton.jit
 def persistent_backward(
-    x, dy, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
+    x, dy, dplain, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
     G, K, S, rows, channels,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, FOLDED: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, FOLDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)
@@ -59,14 +60,20 @@ def persistent_backward(
     channel = g % channels
     live = g < G
     mask = tile_mask(live, k, s, K, S, EVEN)
+    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
     row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-    dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    if PAD is None:
+        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    else:
+        dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, WIDE)
+        row_at, k_at, s_at = x_row_at, x_k_at, x_s_at
+        if dplain is not None:
+            dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     if bits is not None:
         # Before x is read: fewer values are alive while the bits are spread over the tile.
         dz = through_bits(dz, bits, 0, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
         if dresidual is not None:
             tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
-    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
     values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
     mean = tl.load(statistics + row, mask=live, other=0.0)[:, None]
     rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
@@ -92,7 +99,8 @@ def persistent_backward(
             # One offset an element is too much to keep alive across the sums, and the compiler would keep it. The
             # grid has a single row of programs, but the compiler does not know, so it computes these anew.
             nothing = tl.num_programs(1) - 1
-            row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
+            if PAD is None:
+                row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
         n = count(K, S, ACC)
         centered = dz - (sum_dz / n)[:, None] - normalized * (sum_dzx / n)[:, None]
         tl.store(dx + row_at + k_at + s_at, centered * (rstd * w), mask=mask)
@@ -108,18 +116,19 @@ def _row_mean(sums, row, live, rows, P, n, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def gradient(
-    x, dy, dx, dresidual, residual, bits, statistics, mean, variance, sums, partials, weight, bias, slope,
+    x, dy, dplain, dx, dresidual, residual, bits, statistics, mean, variance, sums, partials, weight, bias, slope,
     G, K, S, rows, channels, tiles, steps, P,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
-    eps: tl.constexpr,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+    eps: tl.constexpr, PER_CHANNEL: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
 
     With ``partials`` it writes each program's sums to (Q, P, rows). With ``dx`` or ``dresidual`` it writes those,
-    using the rows' ``sums`` of an earlier pass, (Q, P, rows), unless the statistics are given per channel.
+    using the rows' ``sums`` of an earlier pass, (Q, P, rows), unless the statistics are given per channel (eval).
+    PER_CHANNEL, rows are planes of a batch norm: statistics and sums, (Q, channels), are those of its channels.
     The pass that has sums runs backwards, to meet in L2 what the pass before it read last.
     """
     share = tl.program_id(1)
@@ -135,13 +144,21 @@ def gradient(
     if mean is not None:
         center = load_rows(mean, channel, live, 0.0, ACC)
         rstd = tl.rsqrt(load_rows(variance, channel, live, 1.0, ACC) + eps)
+    elif PER_CHANNEL:
+        center = tl.load(statistics + channel, mask=live, other=0.0)[:, None]
+        rstd = tl.load(statistics + channels + channel, mask=live, other=0.0)[:, None]
     else:
         center = tl.load(statistics + row, mask=live, other=0.0)[:, None]
         rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
     if sums is not None:
         n = count(K, S, ACC)
-        mean_dzx = _row_mean(sums, row, live, rows, P, n, BLOCK_P)
-        mean_dz = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
+        if PER_CHANNEL:
+            n = n * (rows // channels)
+            mean_dzx = (tl.load(sums + channel, mask=live, other=0.0) / n)[:, None]
+            mean_dz = (tl.load(sums + channels + channel, mask=live, other=0.0) / n)[:, None]
+        else:
+            mean_dzx = _row_mean(sums, row, live, rows, P, n, BLOCK_P)
+            mean_dz = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
     if partials is not None:
         sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
@@ -155,9 +172,15 @@ def gradient(
             tile = first + last - 1 - step
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
         mask = tile_mask(live, k, s, K, S, EVEN)
-        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        if PAD is None:
+            dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        else:
+            dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, WIDE)
+            row_at, k_at, s_at = x_row_at, x_k_at, x_s_at
+            if dplain is not None:
+                dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
         ds = dz
         if bits is not None:

@@ -1,17 +1,23 @@
 """Forward: y = activation((x - mean) * rstd * weight + bias + residual)."""
 
 from . import tl, triton
+from .padding import store_padded
 from .statistics import combine, moments, store_statistics
 from .tiles import columns, count, load_rows, offsets, row_block, store_bits, tile_mask
 
 
 @triton.jit
 def finish(
-    x, mean, rstd, row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope, tile, row, channel, live, K, S,
+    x, mean, rstd, row_at, k_at, s_at, mask, y, residual, bits, plain, weight, bias, slope,
+    tile, row, channel, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative."""
+    """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative.
+
+    With PAD, y is the padded tensor and ``plain``, where wanted, the other; without it y is the plain tensor.
+    """
     z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
@@ -19,20 +25,26 @@ def finish(
         p = load_rows(slope, channel, live, 0.0, ACC)
     else:
         p = P0
-    tl.store(y + row_at + k_at + s_at, VALUE(z, p, P1), mask=mask)
+    value = VALUE(z, p, P1)
+    if PAD is None:
+        tl.store(y + row_at + k_at + s_at, value, mask=mask)
+    else:
+        store_padded(y, value, y_row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, WIDE)
+        if plain is not None:
+            tl.store(plain + row_at + k_at + s_at, value, mask=mask)
     if bits is not None:
         store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
 
 
 @triton.jit
 def persistent_forward(
-    x, y, residual, bits, statistics, weight, bias, slope, running_mean, running_var, momentum, momentum_rest,
+    x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, momentum, momentum_rest,
     G, K, S, rows, channels,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: one read, one write. Grid (row blocks,)."""
     a, g = row_block(tl.program_id(0), G, R)
@@ -48,26 +60,30 @@ def persistent_forward(
         statistics, running_mean, running_var, row, live, rows, mean, m2, n,
         momentum, momentum_rest, eps, STORE_VARIANCE,
     )  # fmt: skip
-    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    if PAD is None:
+        row_at, k_at, s_at = y_row_at, y_k_at, y_s_at
     finish(
-        values, mean[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope,
-        0, row, g % channels, live, K, S,
-        VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
+        values, mean[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, plain, weight, bias, slope,
+        0, row, g % channels, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
+        VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, PAD, ACC, WIDE,
     )  # fmt: skip
 
 
 @triton.jit
 def normalize(
-    x, y, residual, bits, partials, statistics, mean, variance, weight, bias, slope,
+    x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
     running_mean, running_var, momentum, momentum_rest,
     G, K, S, rows, channels, tiles, steps, P,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
-    eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+    eps: tl.constexpr, STORE_VARIANCE: tl.constexpr, PER_CHANNEL: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Normalizes with statistics that are partial (and combined here), complete, or given per channel (eval).
+
+    Complete ones are one per row, or PER_CHANNEL where rows are planes of a batch norm that are padded on the way.
 
     Grid (row blocks, P). Programs and tiles run backwards: what the statistics pass read last is still in L2.
     """
@@ -88,6 +104,9 @@ def normalize(
                 statistics, running_mean, running_var, row, live, rows, center, m2, n,
                 momentum, momentum_rest, eps, STORE_VARIANCE,
             )  # fmt: skip
+    elif PER_CHANNEL:
+        center = tl.load(statistics + channel, mask=live, other=0.0)
+        rstd = tl.load(statistics + channels + channel, mask=live, other=0.0)
     else:
         center = tl.load(statistics + row, mask=live, other=0.0)
         rstd = tl.load(statistics + rows + row, mask=live, other=0.0)
@@ -99,9 +118,11 @@ def normalize(
         mask = tile_mask(live, k, s, K, S, EVEN)
         row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
         values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        if PAD is None:
+            row_at, k_at, s_at = y_row_at, y_k_at, y_s_at
         finish(
-            values, center[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, weight, bias, slope,
-            tile, row, channel, live, K, S,
-            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, ACC,
+            values, center[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, plain,
+            weight, bias, slope, tile, row, channel, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
+            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, PAD, ACC, WIDE,
         )  # fmt: skip
