@@ -25,9 +25,11 @@ FIELDS = (
     "target", "kernel", "dtype", "tile", "warps", "registers", "spills", "shared", "loads", "stores", "aligned",
     "verdict", "shapes", "first_shape",
 )  # fmt: skip
-#: Tensors of x's size that kernels read and write, by the names of their arguments, and whose strides they have.
-READ = {"x": "x", "dy": "y", "residual": "y"}
-WRITTEN = {"y": "y", "dx": "y", "dresidual": "y"}
+#: Tensors of x's size that kernels read and write, by the names of their arguments.
+READ = ("x", "dy", "dplain", "residual")
+WRITTEN = ("y", "plain", "dx", "dresidual")
+#: Those that are padded where a launch pads: their rows start anywhere, and edges go to several places.
+PADDED = ("y", "dy")
 VECTOR = 16  # bytes
 
 Row = dict[str, object]
@@ -61,21 +63,22 @@ class Tile:
         whole = self.a[along] * self.itemsize % VECTOR == 0 and self.a[across] * self.itemsize >= VECTOR
         return whole and (self.transposed or self.a["x_s"] == 1)
 
-    def starts_aligned(self, strides: str) -> bool:
-        """Whether every run of a tensor with these strides starts on 16 bytes."""
+    def starts_aligned(self, name: str) -> bool:
+        """Whether every run of a tensor starts on 16 bytes."""
+        pads = self.a.get("PAD") is not None
+        if pads and name in PADDED:
+            return False
+        strides = "x" if pads or name == "x" else "y"
         outer = "aks" if self.transposed else "agk"
         return all(self.a.get(f"{strides}_{dim}", 0) * self.itemsize % VECTOR == 0 for dim in outer)
 
-    def narrow(self, counts: dict[int, int], operands: dict[str, str]) -> bool:
+    def narrow(self, counts: dict[int, int], operands: Sequence[str]) -> bool:
         """Whether there are fewer wide accesses than the tile's tensors need, those that start on 16 bytes.
 
         Parameters and statistics are loaded one number a row, so that narrow accesses exist says nothing.
         """
         width = min(VECTOR, self.bytes_per_thread)
-        tensors = sum(
-            isinstance(self.a.get(name), torch.Tensor) and self.starts_aligned(strides)
-            for name, strides in operands.items()
-        )
+        tensors = sum(isinstance(self.a.get(name), torch.Tensor) and self.starts_aligned(name) for name in operands)
         return sum(n for bits, n in counts.items() if bits >= 8 * width) < tensors * self.bytes_per_thread // width
 
 

@@ -413,6 +413,9 @@ def tile(**changes) -> dict:
         (tile(x_g=1, x_s=8, R=4, BLOCK_S=1024), {16: 32}, {16: 32}, 0, "ok"),
         # Samples of a padded output that start anywhere.
         (tile(y_a=4098), {128: 4}, {16: 32}, 0, "ok"),
+        # Where the launch pads, the padded tensor is written where its edges go, the others as ever.
+        (tile(PAD=(0, 1)), {128: 4}, {16: 40}, 0, "ok"),
+        (tile(PAD=(0, 1), plain=torch.empty(0)), {128: 4}, {16: 40}, 0, "narrow stores"),
         ({"source": torch.empty(0)}, {32: 9}, {32: 1}, 0, "ok"),
     ],
 )
