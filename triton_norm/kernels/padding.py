@@ -28,6 +28,8 @@ def places(low: tl.constexpr, high: tl.constexpr, MODE: tl.constexpr):
 @triton.jit
 def place(i, size, low: tl.constexpr, high: tl.constexpr, j, MODE: tl.constexpr):
     """Where the j-th place of element i is, and whether i has it; place 0 is the element's own."""
+    if low + high == 0:
+        return i, i >= 0
     j = tl.zeros_like(i) + j
     own = j == 0
     if MODE == REFLECT:
