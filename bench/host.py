@@ -224,7 +224,7 @@ def run(arguments) -> int:
     device = common.pick_device(arguments.device)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
-    watch = Stopwatch(*((3, 20) if arguments.quick else (20, 50)), device)
+    watch = Stopwatch(*((20, 10) if arguments.quick else (150, 10)), device)
     names = ["BatchNorm2d + relu", "InstanceNorm2d + relu"] if arguments.quick else list(LAYERS)
     if device.type == "cuda":
         found = collect(names, watch, device)
