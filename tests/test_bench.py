@@ -104,6 +104,13 @@ def test_instance_norm_moves_the_minimum(in_interpreter):
     assert totals["backward"]["eager"] == 16
 
 
+def test_committed_bytes_are_those_of_today(in_interpreter):
+    shape = next(shape for shape in shapes.SHAPES if shape.name == "patchgan-512x31x31-n1")
+    committed = [row for row in table(readme.RESULTS / "traffic.csv") if row["shape"] == shape.name]
+    today = [run.common.csv_line(traffic.FIELDS, row) for row in traffic.rows(shape, "float16")]
+    assert [",".join(row.values()) for row in committed] == today
+
+
 def test_traffic_writes_every_kernel(tmp_path, monkeypatch, in_interpreter, capsys):
     monkeypatch.setattr(shapes, "SHAPES", (SMALL,))
     out = tmp_path / "traffic.csv"
