@@ -79,7 +79,7 @@ def choose(
             scattered = geometry.transposed or not _vectorizes(geometry, itemsize)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             threads = 256 if backward and scattered and elements == FULL_TILE else 512
-            warps = _warps(elements, 16 if backward else 32, threads, device)
+            warps = _warps(elements, 16 if backward or geometry.padded else 32, threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
             folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
             fold = 4 if folds else 1
@@ -101,7 +101,7 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
     if itemsize == 8:
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
-        return FULL_TILE // 2 if backward else FULL_TILE
+        return FULL_TILE // 2
     aligned = _vectorizes(geometry, itemsize)
     if not backward:
         free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)
@@ -136,7 +136,7 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    warps = _warps(rows * block_k * block_s, 16 if backward else 32, 512, device)
+    warps = _warps(rows * block_k * block_s, 16 if backward or geometry.padded else 32, 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 
