@@ -5,19 +5,21 @@ compiled is exactly what it would launch for these shapes, strides and dtypes. `
 """
 
 import functools
+import os
 import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_norm import launch
+from triton_norm import functional, launch
 from triton_norm.plan import Device
 
 #: Name, target, and the multiprocessors of a typical card.
@@ -57,6 +59,8 @@ class Report:
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    #: What the kernel was launched with, by name.
+    arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @contextmanager
@@ -69,7 +73,8 @@ def compiling(target: str) -> Iterator[list[Report]]:
 
     def compile_only(x, kernel, grid, *args, **constants):
         compiled = kernel.warmup(*args, grid=grid, **constants, **launch.OPTIONS)
-        reports.append(inspect(compiled))
+        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        reports.append(replace(inspect(compiled), arguments=arguments))
 
     triton.runtime.driver.set_active(StubDriver(target))
     launch._prepare.cache_clear()
@@ -81,6 +86,17 @@ def compiling(target: str) -> Iterator[list[Report]]:
             yield reports
     finally:
         launch._prepare.cache_clear()
+
+
+@contextmanager
+def kernels_for_cpu_tensors() -> Iterator[None]:
+    """Inside the block the public functions launch compiled kernels for CPU tensors too, in untuned configurations.
+
+    Only for drivers and launchers that run nothing.
+    """
+    environment = {"TRITON_NORM_BACKEND": "triton", "TRITON_NORM_AUTOTUNE": "0"}
+    with mock.patch.dict(os.environ, environment), mock.patch.object(functional, "_INTERPRETED", True):
+        yield
 
 
 def inspect(compiled) -> Report:
@@ -100,6 +116,7 @@ def _tool(name: str) -> str:
     return str(path)
 
 
+@functools.cache
 def _inspect_cuda(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -123,6 +140,7 @@ def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
     return widths
 
 
+@functools.cache
 def _inspect_hip(assembly: str) -> tuple[int, int, dict[int, int], dict[int, int]]:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])

@@ -1,0 +1,116 @@
+"""Everyone who computes a shape: eager, torch.compile, triton_norm, and other packages where they have an equivalent.
+
+Each is a function of a shape that returns a layer in training mode, or raises ``Unsuitable``. Another package's kernel
+takes the part that it covers; PyTorch does the rest, in place.
+"""
+
+import importlib.util
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Fused, Plain, build
+from .shapes import Shape
+
+EAGER, COMPILED, OURS = "eager", "compile", "triton_norm"
+
+
+class Unsuitable(Exception):
+    """Why a package has no equivalent of a shape."""
+
+
+def eager(shape: Shape) -> nn.Module:
+    return build(Plain, shape)
+
+
+def ours(shape: Shape) -> nn.Module:
+    return build(Fused, shape)
+
+
+def compiled(shape: Shape) -> nn.Module:
+    # Shapes are fixed here, and one shape must not inherit the graph that another one made dynamic.
+    torch._dynamo.reset()
+    return torch.compile(build(Plain, shape), dynamic=False)
+
+
+def attorch(shape: Shape) -> nn.Module:
+    import attorch
+
+    if shape.kind != "batch":
+        raise Unsuitable("attorch has batch norm only")
+    names = {None: None, "relu": "relu", "leaky_relu": f"leaky_relu_{shape.slope}"}
+
+    class Layer(Plain):
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            return self.norm(x, residual)
+
+    layer = build(Layer, shape)
+    layer.norm = attorch.BatchNorm2d(shape.shape[1], act_func=names[shape.activation])
+    return layer
+
+
+def flag_gems(shape: Shape) -> nn.Module:
+    import flag_gems
+
+    if shape.kind != "instance" or not hasattr(flag_gems, "instance_norm"):
+        raise Unsuitable("flag_gems has a differentiable function for instance norm only")
+
+    class Norm(nn.Module):
+        def __init__(self, norm: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.bias, self.eps = norm.weight, norm.bias, norm.eps
+
+        def forward(self, x: Tensor) -> Tensor:
+            return flag_gems.instance_norm(x, self.weight, self.bias, None, None, True, 0.1, self.eps)
+
+    layer = build(Plain, shape)
+    layer.norm = Norm(layer.norm)
+    return layer
+
+
+def liger_kernel(shape: Shape) -> nn.Module:
+    from liger_kernel.transformers.group_norm import LigerGroupNorm
+
+    if shape.kind != "instance" or not shape.affine:
+        raise Unsuitable("liger_kernel has group norm, which is affine instance norm at one channel a group")
+    channels = shape.shape[1]
+    layer = build(Plain, shape)
+    norm = LigerGroupNorm(channels, channels, eps=1e-5)
+    norm.load_state_dict(layer.norm.state_dict())
+    layer.norm = norm
+    return layer
+
+
+def apex(shape: Shape) -> nn.Module:
+    from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
+
+    if shape.kind != "batch" or shape.layout != "channels_last" or shape.activation != "relu":
+        raise Unsuitable("apex has batch norm + ReLU in channels_last only")
+
+    class Layer(Plain):
+        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+            residual = None if residual is None else residual.permute(0, 2, 3, 1)
+            return self.norm(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+
+    layer = build(Layer, shape)
+    layer.norm = BatchNorm2d_NHWC(shape.shape[1], fuse_relu=True)
+    return layer
+
+
+PEERS: dict[str, Callable[[Shape], nn.Module]] = {
+    "attorch": attorch, "flag_gems": flag_gems, "liger_kernel": liger_kernel, "apex": apex,
+}  # fmt: skip
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def contenders(compile: bool, device: torch.device) -> dict[str, Callable[[Shape], nn.Module]]:
+    """Who takes part here, eager first. Other packages run on GPUs only."""
+    found = {EAGER: eager}
+    if compile:
+        found[COMPILED] = compiled
+    found[OURS] = ours
+    return found | {name: peer for name, peer in PEERS.items() if device.type == "cuda" and installed(name)}

@@ -1,0 +1,180 @@
+"""What compilers make of every kernel at the shape lists' configurations. ``python -m bench.kernels``; needs no GPU.
+
+The public layers run forward and backward on untouched CPU memory under a driver that compiles and launches nothing, so
+what is compiled is what a GPU would be given, untuned. ``--check`` fails on a spill, and on narrow accesses where the
+plane allows 16-byte ones.
+"""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from triton_norm import functional
+from triton_norm.demo import DTYPES, Progress, table
+
+from . import common, shapes
+from .common import Parser, UserError
+from .layers import exercise
+from .offline import TARGETS, Report, compiling, kernels_for_cpu_tensors
+from .shapes import Shape
+
+FIELDS = (
+    "target", "kernel", "dtype", "tile", "warps", "registers", "spills", "shared", "loads", "stores", "aligned",
+    "verdict", "shapes", "first_shape",
+)  # fmt: skip
+#: Tensors of x's size that kernels read and write, by the names of their arguments.
+READ = ("x", "dy", "dplain", "residual")
+WRITTEN = ("y", "plain", "dx", "dresidual")
+#: Those that are padded where a launch pads: their rows start anywhere, and edges go to several places.
+PADDED = ("y", "dy")
+VECTOR = 16  # bytes
+
+Row = dict[str, object]
+
+
+class Tile:
+    """What a kernel that walks tiles of x was launched with."""
+
+    def __init__(self, report: Report, warp_size: int) -> None:
+        a = report.arguments
+        self.a = a
+        self.itemsize = a["x"].element_size()
+        self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
+        elements = a["R"] * a["BLOCK_K"] * a["BLOCK_S"]
+        self.bytes_per_thread = max(elements // (report.warps * warp_size), 1) * self.itemsize
+
+    @staticmethod
+    def of(report: Report, warp_size: int) -> "Tile | None":
+        names = {"x", "x_g", "x_s", "R", "BLOCK_K", "BLOCK_S"}
+        return Tile(report, warp_size) if names <= report.arguments.keys() else None
+
+    @property
+    def text(self) -> str:
+        order = "channels_last" if self.transposed else "contiguous"
+        return f"{self.a['R']} x {self.a['BLOCK_K']} x {self.a['BLOCK_S']} {order}"
+
+    @property
+    def aligned(self) -> bool:
+        """Whether every run of neighbours in memory starts and ends on 16 bytes and is at least as long."""
+        along, across = ("G", "R") if self.transposed else ("S", "BLOCK_S")
+        whole = self.a[along] * self.itemsize % VECTOR == 0 and self.a[across] * self.itemsize >= VECTOR
+        return whole and (self.transposed or self.a["x_s"] == 1)
+
+    def starts_aligned(self, name: str) -> bool:
+        """Whether every run of a tensor starts on 16 bytes."""
+        pads = self.a.get("PAD") is not None
+        if pads and name in PADDED:
+            return False
+        strides = "x" if pads or name == "x" else "y"
+        outer = "aks" if self.transposed else "agk"
+        return all(self.a.get(f"{strides}_{dim}", 0) * self.itemsize % VECTOR == 0 for dim in outer)
+
+    def narrow(self, counts: dict[int, int], operands: Sequence[str]) -> bool:
+        """Whether there are fewer wide accesses than the tile's tensors need, those that start on 16 bytes.
+
+        Parameters and statistics are loaded one number a row, so that narrow accesses exist says nothing.
+        """
+        width = min(VECTOR, self.bytes_per_thread)
+        tensors = sum(isinstance(self.a.get(name), torch.Tensor) and self.starts_aligned(name) for name in operands)
+        return sum(n for bits, n in counts.items() if bits >= 8 * width) < tensors * self.bytes_per_thread // width
+
+
+def judge(report: Report, tile: Tile | None) -> str:
+    faults = ["spill"] if report.spills else []
+    if tile is not None and tile.aligned:
+        faults += ["narrow loads"] if tile.narrow(report.loads, READ) else []
+        faults += ["narrow stores"] if tile.narrow(report.stores, WRITTEN) else []
+    return " + ".join(faults) or "ok"
+
+
+def _widths(counts: dict[int, int]) -> str:
+    return " ".join(f"{count}x{bits}" for bits, count in sorted(counts.items(), reverse=True))
+
+
+def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> list[Row]:
+    """One row per distinct configuration, in the order of first use."""
+    found: dict[tuple, Row] = {}
+    warp_size = TARGETS[target][0].warp_size
+    for shape, dtype in work:
+        progress(f"{target} {shape.name} {dtype}")
+        with compiling(target) as reports, kernels_for_cpu_tensors():
+            exercise(shape, DTYPES[dtype])
+        for report in reports:
+            tile = Tile.of(report, warp_size)
+            row = {
+                "target": target, "kernel": report.kernel, "dtype": dtype, "tile": tile.text if tile else "",
+                "warps": report.warps, "registers": report.registers, "spills": report.spills,
+                "shared": report.shared, "loads": _widths(report.loads), "stores": _widths(report.stores),
+                "aligned": "" if tile is None else "yes" if tile.aligned else "no", "verdict": judge(report, tile),
+            }  # fmt: skip
+            row = found.setdefault(tuple(row.values()), row | {"shapes": [], "first_shape": shape.name})
+            row["shapes"].append(shape.name)
+    for row in found.values():
+        row["shapes"] = len(set(row["shapes"]))
+    return list(found.values())
+
+
+def parser() -> Parser:
+    parser = Parser(prog="bench.kernels", description=__doc__)
+    add = parser.add_argument
+    add("--targets", type=common.comma_list(TARGETS, "target"), metavar="A,B",
+        help=f"{', '.join(TARGETS)} (default: all; sm_90 with --quick)")  # fmt: skip
+    add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
+    add(
+        "--shapes",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="only shapes whose name contains one of these",
+    )
+    add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
+        help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
+    add("--quick", action="store_true", help="the short list of shapes: under a minute")
+    add("--check", action="store_true", help="exit with 1 on a spill, or a narrow access where the plane is aligned")
+    add("--out", type=Path, metavar="CSV", help="write every row to this file")
+    return parser
+
+
+def run(arguments) -> int:
+    if functional._INTERPRETED:
+        raise UserError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it")
+    targets = arguments.targets or (["sm_90"] if arguments.quick else list(TARGETS))
+    dtypes = arguments.dtypes or (["float16"] if arguments.quick else list(shapes.HALF_AND_FULL))
+    chosen = shapes.select(arguments.groups, arguments.shapes, arguments.quick)
+    work = [(shape, dtype) for shape in chosen for dtype in dtypes]
+    if not work:
+        raise UserError("no shape has such a name")
+    if arguments.out:
+        common.write_csv(arguments.out, FIELDS, [])
+    progress = Progress(len(targets) * len(work))
+    start, found = time.monotonic(), []
+    for target in targets:
+        found += rows(target, work, progress)
+        if arguments.out:
+            common.write_csv(arguments.out, FIELDS, found)
+    progress.clear()
+    report(found)
+    faults = [row for row in found if row["verdict"] != "ok"]
+    print(f"{len(found)} configurations, {len(faults)} with a fault, in {time.monotonic() - start:.0f} s")
+    return int(arguments.check and bool(faults))
+
+
+def report(found: Sequence[Row]) -> None:
+    def cells(row: Row) -> Iterator[str]:
+        yield f"{row['target']} {row['kernel']}"
+        yield from (str(row[key]) for key in FIELDS[2:-2])
+        others = row["shapes"] - 1
+        yield row["first_shape"] + (f" and {others} more" if others else "")
+
+    header = ("", *FIELDS[2:-2], "shapes")
+    print(table(header, [tuple(cells(row)) for row in found]))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

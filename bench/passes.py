@@ -1,0 +1,53 @@
+"""How often a tensor's elements cross memory: the fewest times possible, and what PyTorch eager needs.
+
+One pass reads or writes every element once, so passes x itemsize is bytes per element. Per-channel parameters and
+statistics are left out. The eager operators, as PyTorch's CUDA kernels are written, caches not counted (where PyTorch
+hands a batch norm to cuDNN, that may move less):
+
+| operator                  | forward                       | backward                           |
+|---------------------------|-------------------------------|------------------------------------|
+| batch and instance norm   | x for the statistics; x, y    | x, dy for the sums; x, dy, dx      |
+| residual, added in place  | y, residual, y                | none: both gradients are dy        |
+| activation, in place      | y, y                          | y, dy, dz                          |
+| reflection pad            | y, padded                     | zero-fill of dy; padded, and for   |
+|                           |                               | each an atomic add (read, write)   |
+| unpadded result wanted    | none                          | the two gradients, their sum       |
+
+In inference a norm does not read x for statistics.
+"""
+
+from .shapes import Shape
+
+DIRECTIONS = ("forward", "backward", "both")
+#: The forward pass with given statistics.
+INFERENCE = "inference"
+
+
+def _passes(inference: float, forward: float, backward: float) -> dict[str, float]:
+    return {INFERENCE: inference, "forward": forward, "backward": backward, "both": forward + backward}
+
+
+def _outputs(shape: Shape) -> float:
+    """Passes that write (or read the gradient of) the results."""
+    if not shape.padding:
+        return 1.0
+    return shape.padded_elements / shape.elements + shape.unpadded
+
+
+def minimum(shape: Shape) -> dict[str, float]:
+    """Every input read once, every output written once; an activation's backward needs nothing but x and dy."""
+    # Without an activation the residual's gradient is dy itself, unless dy first has to be gathered from its padding.
+    dresidual = shape.residual and (shape.activation is not None or shape.padding > 0)
+    forward = 1 + shape.residual + _outputs(shape)
+    return _passes(forward, forward, 1 + _outputs(shape) + 1 + dresidual)
+
+
+def eager(shape: Shape) -> dict[str, float]:
+    """What PyTorch's own operators move; see the table above."""
+    padded = shape.padded_elements / shape.elements
+    forward = 3.0 + 3 * shape.residual + 2 * (shape.activation is not None)
+    backward = 5.0 + 3 * (shape.activation is not None)
+    if shape.padding:
+        forward += 1 + padded
+        backward += 1 + 3 * padded + 3 * shape.unpadded
+    return _passes(forward - 1, forward, backward)

@@ -1,0 +1,116 @@
+"""Writes the measured parts of README.md from the committed results. ``python -m bench.readme``.
+
+Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
+``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``). Nothing is typed by hand.
+"""
+
+import csv
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from . import common, plot
+from .common import ROOT, Parser, UserError
+from .run import JSON
+from .session import geometric_means
+
+RESULTS = ROOT / "bench" / "results"
+BEGIN, END = "<!-- {}: written by python -m bench.readme -->", "<!-- end of {} -->"
+NOTHING = "Nothing has been timed on a GPU yet, so this page makes no claim about speed."
+PICTURES = {
+    "speedup.png": "Speed-up over PyTorch eager, per shape",
+    "bandwidth.png": "Achieved bandwidth against that of a copy",
+    "scaling.png": "Time against size",
+    "memory.png": "Peak memory relative to eager",
+}
+TRAFFIC_HEADER = ("shape", "what", "direction", "launches", "bytes per element", "fewest possible", "PyTorch eager")
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield "| " + " | ".join(header) + " |"
+    yield "|" + "---|" * len(header)
+    for line in lines:
+        yield "| " + " | ".join(line) + " |"
+
+
+def times(results: Path, readme: Path) -> Iterator[str]:
+    """A section per GPU, with its plots; or that there is none."""
+    found = sorted(results.glob(f"*/{JSON}"))
+    if not found:
+        yield NOTHING
+    for path in found:
+        measured = plot.load(path)
+        if measured["environment"]["device"] != "cuda":
+            raise UserError(f"{path} was not measured on a GPU")
+        copy = f"a copy of a large tensor moved {measured['copy_gb_s']:.0f} GB/s in the same run"
+        yield f"**{measured['environment']['gpu']}**: {common.caption(measured['environment'])}; {copy}."
+        yield "Speed-ups are geometric means over the shapes."
+        yield ""
+        yield from markdown(
+            ("dtype", "direction", "contender", "speed-up over eager", "least", "shapes"), geometric_means(measured)
+        )
+        yield ""
+        for name, title in PICTURES.items():
+            if (path.parent / name).exists():
+                yield f"![{title}]({Path(os.path.relpath(path.parent / name, readme.parent)).as_posix()})"
+
+
+def traffic(results: Path) -> Iterator[str]:
+    """Totals of the counted bytes."""
+    path = results / "traffic.csv"
+    if not path.exists():
+        yield "Nothing has been counted yet."
+        return
+    with path.open() as file:
+        rows = [row for row in csv.DictReader(file) if row["kernel"] == "total"]
+    keys = ("bytes", "minimum", "eager")
+    yield from markdown(
+        TRAFFIC_HEADER,
+        [
+            (row["shape"], row["what"], row["direction"], row["launches"], *(f"{float(row[key]):.2f}" for key in keys))
+            for row in rows
+        ],
+    )
+
+
+def replaced(text: str, name: str, lines: Iterator[str]) -> str:
+    """``text`` with ``lines`` between the markers of a section."""
+    begin, end = BEGIN.format(name), END.format(name)
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"the README has no section {begin} ... {end}")
+    before, rest = text.split(begin)
+    body = "\n".join(lines).strip()
+    return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
+
+
+def parser() -> Parser:
+    parser = Parser(prog="bench.readme", description=__doc__)
+    add = parser.add_argument
+    add("--results", type=Path, default=RESULTS, metavar="DIR", help="committed results (default: bench/results)")
+    add("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", help="the page (default: README.md)")
+    add("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    return parser
+
+
+def run(arguments) -> int:
+    try:
+        old = arguments.readme.read_text()
+    except OSError as error:
+        raise UserError(f"cannot read {arguments.readme}: {error.strerror or error}") from error
+    text = replaced(old, "times", times(arguments.results, arguments.readme))
+    text = replaced(text, "traffic", traffic(arguments.results))
+    if arguments.check:
+        if text != old:
+            print(f"{arguments.readme} is out of date: run python -m bench.readme", file=sys.stderr)
+        return int(text != old)
+    common.write(arguments.readme, text)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""Bytes and launches of the public layers, counted in Triton's interpreter. ``python -m bench.traffic``; needs no GPU.
+
+Shapes are cut in batch and channels to what the interpreter can do, as long as the plans keep their regime; a kernel's
+bytes per element depend on little else.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from triton_norm import functional, launch
+from triton_norm.demo import DTYPES, Progress, table
+from triton_norm.plan import Device
+
+from . import common, passes, shapes
+from .common import Parser, UserError
+from .counting import counting
+from .layers import Fused, build
+from .shapes import Shape
+
+FIELDS = (
+    "shape", "what", "measured", "dtype", "direction", "kernel", "launches", "read", "written", "bytes", "minimum",
+    "eager",
+)  # fmt: skip
+#: Elements that the interpreter does in about a second.
+ELEMENTS = 2**18
+TOTAL = "total"
+#: An H100's plans, not those for the handful of programs that the interpreter otherwise gets.
+DEVICE = Device()
+
+Row = dict[str, object]
+
+
+class _Operators(TorchDispatchMode):
+    """Bytes of PyTorch's own operators, each of whose tensors counts once; views and allocations count nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, int, int]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if not (
+            func.namespace == "triton_norm" or func.is_view or "empty" in func.__name__ or "detach" in func.__name__
+        ):
+            read, written = (
+                sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+                for tree in ((args, kwargs), result)
+            )
+            self.found.append((f"aten.{func.__name__}", read, written))
+        return result
+
+
+def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
+    x = torch.empty(shape.shape, dtype=dtype, device="meta").contiguous(memory_format=shape.memory_format)
+    extra = "residual" if shape.residual else "none"
+    return tuple(
+        launch.prepare(shape.kind, x, x, backward, True, extra)[1].plan.regime for backward in (False, True)
+    )  # fmt: skip
+
+
+def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape:
+    """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
+    fewest = 32 if shape.layout == "channels_last" else 4
+    n, c, *spatial = shape.shape
+    wanted = _regimes(shape, dtype)
+    while n * c * shape.elements // (shape.shape[0] * shape.shape[1]) > elements:
+        smaller = [(n, c // 2)] if c // 2 >= fewest else []
+        smaller += [(n // 2, c)] if n > 1 else []
+        for m, d in smaller:
+            if _regimes(shape.resized((m, d, *spatial)), dtype) == wanted:
+                n, c = m, d
+                break
+        else:
+            break
+    size = (n, c, *spatial)
+    return shape if size == shape.shape else shape.resized(size)
+
+
+def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, int]]]:
+    """(kernel, bytes read, bytes written) of every launch, per direction; inference for batch norms too."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(size: Sequence[int] = shape.shape) -> torch.Tensor:
+        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
+
+    layer = build(Fused, shape)
+    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
+    found = {}
+
+    def count(direction: str, function):
+        with _Operators() as others, counting() as count:
+            result = function()
+        kernels = [(one.kernel, one.read, one.written) for one in count.launches]
+        found[direction] = kernels + others.found
+        return result
+
+    outputs = count("forward", lambda: layer(*inputs))
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = [tensor(size) for size in shape.output_sizes]
+    count("backward", lambda: torch.autograd.grad(outputs, [*inputs, *layer.parameters()], gradients))
+    if shape.kind == "batch":
+        layer.eval()
+        with torch.no_grad():
+            count(passes.INFERENCE, lambda: layer(*inputs))
+    return found
+
+
+def rows(shape: Shape, dtype_name: str, elements: int = ELEMENTS) -> list[Row]:
+    """One row per direction and kernel, and one with the direction's total beside the minimum and eager's bytes."""
+    dtype = DTYPES[dtype_name]
+    launch._prepare.cache_clear()
+    try:
+        with mock.patch.object(launch, "_device", lambda index: DEVICE):
+            small = reduced(shape, dtype, elements)
+            found = measure(small, dtype)
+    finally:
+        launch._prepare.cache_clear()
+    result = []
+    for direction, moved in found.items():
+        shared = {
+            "shape": shape.name, "what": shape.what, "measured": "x".join(map(str, small.shape)), "dtype": dtype_name,
+            "direction": direction,
+        }  # fmt: skip
+        for kernel in [*dict.fromkeys(name for name, _, _ in moved), TOTAL]:
+            own = [(read, written) for name, read, written in moved if kernel in (name, TOTAL)]
+            read, written = (sum(column) / small.elements for column in zip(*own, strict=True))
+            row = shared | {"kernel": kernel, "launches": len(own), "read": read, "written": written}
+            row["bytes"] = read + written
+            if kernel == TOTAL:
+                row["minimum"] = passes.minimum(small)[direction] * dtype.itemsize
+                row["eager"] = passes.eager(small)[direction] * dtype.itemsize
+            result.append(row)
+    return result
+
+
+def collect(chosen: Sequence[Shape], dtypes: Sequence[str], elements: int = ELEMENTS) -> list[Row]:
+    progress = Progress(len(chosen) * len(dtypes))
+    found = []
+    for shape in chosen:
+        for dtype in dtypes:
+            progress(f"{shape.name} {dtype}")
+            found += rows(shape, dtype, elements)
+    progress.clear()
+    return found
+
+
+def summary(found: Sequence[Row]) -> list[tuple[str, ...]]:
+    """The totals as table cells, under ``HEADER``."""
+    cells = []
+    for row in found:
+        if row["kernel"] == TOTAL:
+            figures = (f"{row[key]:.2f}" for key in ("bytes", "minimum", "eager"))
+            cells.append((row["shape"], row["direction"], row["dtype"], str(row["launches"]), *figures))
+    return cells
+
+
+HEADER = ("shape", "direction", "dtype", "launches", "bytes/element", "minimum", "PyTorch eager")
+
+
+def parser() -> Parser:
+    parser = Parser(prog="bench.traffic", description=__doc__)
+    add = parser.add_argument
+    add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
+    add(
+        "--shapes",
+        type=lambda text: text.split(","),
+        metavar="A,B",
+        help="only shapes whose name contains one of these",
+    )
+    add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), default=["float16"], metavar="A,B",
+        help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16)")  # fmt: skip
+    add("--all", action="store_true", help="every shape, not only the short list: minutes")
+    add("--kernels", action="store_true", help="print every kernel, not only the totals")
+    add("--out", type=Path, metavar="CSV", help="write every row to this file")
+    return parser
+
+
+def run(arguments) -> int:
+    if not functional._INTERPRETED:
+        raise UserError("triton was imported before this script could switch its interpreter on")
+    short = not (arguments.all or arguments.groups or arguments.shapes)
+    chosen = shapes.select(arguments.groups, arguments.shapes, short)
+    if not chosen:
+        raise UserError("no shape has such a name")
+    if arguments.out:
+        common.write_csv(arguments.out, FIELDS, [])
+    found = collect(chosen, arguments.dtypes)
+    if arguments.out:
+        common.write_csv(arguments.out, FIELDS, found)
+    print(table(HEADER, summary(found)))
+    if arguments.kernels:
+        keys = ("shape", "direction", "kernel", "launches")
+        cells = [
+            (*(str(row[key]) for key in keys), f"{row['read']:.2f}", f"{row['written']:.2f}")
+            for row in found
+            if row["kernel"] != TOTAL
+        ]
+        print("\n" + table((*keys, "read", "written"), cells))
+    print("\nBytes per element of x that kernels ask of memory, caches not counted, so an upper bound; aten operators")
+    print("count each of their tensors once. Minimum and eager: see bench/passes.py.")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return common.command(run, parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

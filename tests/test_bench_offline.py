@@ -1,0 +1,61 @@
+"""bench.kernels and bench.host, which need kernels that are compiled: each in a process without the interpreter."""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(script: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    return subprocess.run(
+        [sys.executable, "-m", f"bench.{script}", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_kernels_reports_what_was_compiled(target, tmp_path):
+    out = tmp_path / "kernels.csv"
+    shape = "nnunet2d-128x128x128-n12"
+    done = bench("kernels", "--quick", "--targets", target, "--shapes", shape, "--check", "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {row["kernel"]: row for row in rows(out)}
+    assert {"persistent_forward", "persistent_backward"} <= found.keys()
+    forward = found["persistent_forward"]
+    assert forward["verdict"] == "ok"
+    assert forward["tile"] == "1 x 1 x 16384 contiguous"
+    assert forward["spills"] == "0"
+    # 16384 half-precision numbers in 16-byte vectors, over all threads of a program.
+    threads = int(forward["warps"]) * (64 if target == "gfx942" else 32)
+    assert f"{16384 * 2 // 16 // threads}x128" in forward["loads"].split()
+    assert f"{len(rows(out))} configurations, 0 with a fault" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_host_accounts_for_a_call(device, tmp_path):
+    out = tmp_path / "host.csv"
+    done = bench("host", "--quick", "--device", device, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert ("stub driver" in done.stdout) == (device == "cpu")
+    found = rows(out)
+    assert found[0]["layer"] == "bare Triton launch"
+    assert 0.5 < float(found[0]["total_us"]) < 1000
+    by_direction = {row["direction"]: row for row in found if row["layer"] == "InstanceNorm2d + relu"}
+    parts = ("module_us", "checks_us", "autograd_us", "op_us", "arguments_us", "plan_us", "allocation_us", "launch_us")
+    for direction in ("forward", "backward"):
+        row = by_direction[direction]
+        assert sum(float(row[part] or 0) for part in parts) == pytest.approx(float(row["total_us"]), rel=1e-3, abs=0.05)
+        assert row["launches"] == "1"
+        assert float(row["plan_us"]) > 0
+        assert float(row["launch_us"]) > 0
