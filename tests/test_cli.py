@@ -63,7 +63,7 @@ def test_demo_compares_times_counts_and_draws(backend, dtype, tmp_path, capsys):
     elif backend.name == "cuda":
         assert all(int(f) < int(p) for f, p in zip(fused, plain, strict=True))
     else:
-        assert fused == plain
+        assert all(int(f) <= int(p) for f, p in zip(fused, plain, strict=True))
     assert ("say nothing about" in text) == (backend.device == "cpu")
 
     pixels = matplotlib.image.imread(out)[..., :3]

@@ -355,6 +355,6 @@ def test_compile(backend, make, mode):
 
 
 def test_public_names():
-    extra = {"ConvNormAct", "functional", "fuse", "fuse_report", "models"}
+    extra = {"ConvNormAct", "autotune", "functional", "fuse", "fuse_report", "models"}
     assert set(NAMES) | extra == set(tn.__all__)
     assert isinstance(tn.__version__, str) and tn.__version__

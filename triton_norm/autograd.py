@@ -77,7 +77,21 @@ def normalize(
     return y, plain
 
 
-class _Normalize(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """A Function whose ``apply`` is cheap.
+
+    With ``setup_context``, which functorch needs, torch binds the arguments to ``forward``'s signature at every call:
+    some 40 µs of host time for nothing, since ours are all positional.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class _Normalize(_Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
@@ -95,7 +109,8 @@ class _Normalize(torch.autograd.Function):
         x, weight, bias, residual, slope, _, _, mean, variance, kind, _, eps, activation, parameters, *rest = inputs
         padding, padding_mode, keep_plain = rest
         _, plain, statistics, bits = output
-        ctx.mark_non_differentiable(statistics, bits, *(() if keep_plain and padding else (plain,)))
+        ctx.has_plain = bool(keep_plain and padding)
+        ctx.mark_non_differentiable(statistics, bits, *(() if ctx.has_plain else (plain,)))
         ctx.set_materialize_grads(False)
         bits = bits if bits.numel() else None
         # What z is not recomputed from is not kept alive.
@@ -108,6 +123,9 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None, *_: None):
         unused = (None,) * (len(ctx.needs_input_grad) - 5)
+        if not ctx.has_plain:
+            # Compiled, the gradient of an output that is not there comes as an empty tensor.
+            dplain = None
         if dy is None and dplain is None:
             return (None,) * 5 + unused
         wanted = list(ctx.needs_input_grad[:5])
@@ -139,7 +157,7 @@ def _fresh(t: Tensor | None) -> Tensor | None:
     return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
 
 
-class _NormalizeBackward(torch.autograd.Function):
+class _NormalizeBackward(_Function):
     @staticmethod
     def forward(
         dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits,

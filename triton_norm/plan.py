@@ -8,6 +8,8 @@ from .geometry import Geometry
 FULL_TILE = 16384
 #: Elements per tile where a row is walked in tiles.
 TILE = 4096
+#: Rows of a tile whose rows are not neighbours in memory.
+MOST_ROWS = 128
 #: DRAM moves sectors of this many bytes, so narrower pieces of a channels_last pixel are read several times.
 SECTOR = 32
 #: Below this many elements the extra sectors cost less than two more launches.
@@ -77,7 +79,7 @@ def choose(
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns <= NARROW_ELEMENTS:
             elements = rows * columns
-            scattered = geometry.transposed or not _vectorizes(geometry, itemsize)
+            scattered = geometry.transposed or not _vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             threads = 256 if backward and scattered and elements == FULL_TILE else 512
             warps = _warps(elements, _per_thread(geometry, backward), threads, device)
@@ -89,9 +91,9 @@ def choose(
     return _split(geometry, itemsize, backward, device)
 
 
-def _vectorizes(geometry: Geometry, itemsize: int) -> bool:
-    """Whether a row of a contiguous layout is read in 16-byte pieces."""
-    return not geometry.padded and geometry.S * itemsize % 16 == 0
+def _vectorizes(geometry: Geometry) -> bool:
+    """Whether a row of a contiguous layout is read in 16-byte pieces: Triton knows a size's divisibility by 16 alone."""
+    return not geometry.padded and geometry.S % 16 == 0
 
 
 def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: bool, extra: str) -> int:
@@ -103,7 +105,7 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
         return FULL_TILE // 2
-    aligned = _vectorizes(geometry, itemsize)
+    aligned = _vectorizes(geometry)
     if not backward:
         free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)
         return 2 * FULL_TILE if free else FULL_TILE
@@ -111,7 +113,10 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
         # One row per program has its offsets folded (by whole bytes of bits); several leave no room for an operand.
         fits = extra == "none" or (extra == "bits" and itemsize == 2 and columns == FULL_TILE)
         return FULL_TILE if fits and geometry.S % 32 == 0 else FULL_TILE // 2
-    return FULL_TILE if extra == "none" or (itemsize == 2 and aligned) else FULL_TILE // 2
+    if itemsize == 2:
+        return FULL_TILE if extra == "none" or aligned else FULL_TILE // 2
+    # Offsets in k as well as in s leave less room for numbers.
+    return FULL_TILE if extra == "none" and geometry.K == 1 else FULL_TILE // 2
 
 
 def _rows_per_program(geometry: Geometry, columns: int, limit: int, itemsize: int, device: Device) -> int:
@@ -133,7 +138,8 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     block_s = min(power_of_2(geometry.S), tile // rows)
     block_k = min(power_of_2(geometry.K), max(tile // (rows * block_s), 1))
     if not geometry.transposed:
-        rows = max(min(power_of_2(geometry.G), tile // (block_s * block_k)), 1)
+        # Every row has a 64-bit offset of its own, so not too many of them.
+        rows = max(min(power_of_2(geometry.G), tile // (block_s * block_k), MOST_ROWS), 1)
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))

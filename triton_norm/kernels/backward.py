@@ -36,12 +36,9 @@ def through_activation(
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     if slope is not None:
-        p = load_rows(slope, channel, live, 0.0, ACC)
-        ds = d * tl.where(z > 0, 0.0, z)
+        return d * DERIVATIVE(z, load_rows(slope, channel, live, 0.0, ACC), P1), d * tl.where(z > 0, 0.0, z)
     else:
-        p = P0
-        ds = d
-    return d * DERIVATIVE(z, p, P1), ds
+        return d * DERIVATIVE(z, P0, P1), d
 
 
 @triton.jit

@@ -21,11 +21,11 @@ def finish(
     z = (x - mean) * (rstd * load_rows(weight, channel, live, 1.0, ACC)) + load_rows(bias, channel, live, 0.0, ACC)
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    # P0 goes straight in: a number that is given a name becomes a float32 tensor, also where z is float64.
     if slope is not None:
-        p = load_rows(slope, channel, live, 0.0, ACC)
+        value = VALUE(z, load_rows(slope, channel, live, 0.0, ACC), P1)
     else:
-        p = P0
-    value = VALUE(z, p, P1)
+        value = VALUE(z, P0, P1)
     if PAD is None:
         tl.store(y + row_at + k_at + s_at, value, mask=mask)
     else:
@@ -33,7 +33,8 @@ def finish(
         if plain is not None:
             tl.store(plain + row_at + k_at + s_at, value, mask=mask)
     if bits is not None:
-        store_bits(bits, DERIVATIVE(z, p, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
+        # An activation with a slope keeps none.
+        store_bits(bits, DERIVATIVE(z, P0, P1) != OFF, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
 
 
 @triton.jit
