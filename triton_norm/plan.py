@@ -92,7 +92,7 @@ def choose(
 
 
 def _vectorizes(geometry: Geometry) -> bool:
-    """Whether a row of a contiguous layout is read in 16-byte pieces: Triton knows a size's divisibility by 16 alone."""
+    """Whether a row of a contiguous layout is read in 16-byte pieces. Triton knows of a size whether 16 divides it."""
     return not geometry.padded and geometry.S % 16 == 0
 
 
