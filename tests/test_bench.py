@@ -415,7 +415,7 @@ def tile(**changes) -> dict:
         (tile(residual=torch.empty(0)), {128: 4}, {128: 4}, 0, "narrow loads"),
         # 49 numbers do not end on 16 bytes; nor do 8 channels_last rows of one number each.
         (tile(S=49, BLOCK_S=64, x_g=49), {16: 1}, {16: 1}, 0, "ok"),
-        (tile(x_g=1, x_s=8, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "narrow loads + narrow stores"),
+        (tile(x_g=1, x_s=16, G=16, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "narrow loads + narrow stores"),
         (tile(x_g=1, x_s=7, G=7, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "ok"),
         (tile(x_g=1, x_s=8, R=4, BLOCK_S=1024), {16: 32}, {16: 32}, 0, "ok"),
         # Samples of a padded output that start anywhere.

@@ -81,7 +81,8 @@ def choose(
             elements = rows * columns
             scattered = geometry.transposed or not _vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
-            threads = 256 if backward and scattered and elements == FULL_TILE else 512
+            few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
+            threads = 256 if few else 512
             warps = _warps(elements, _per_thread(geometry, backward), threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
             folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
@@ -143,13 +144,13 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward), 512, device)
+    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward or geometry.transposed), 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 
-def _per_thread(geometry: Geometry, backward: bool) -> int:
-    """Elements per thread: half in a backward pass, which holds two tensors, half for the places of a padded one."""
-    return 32 // (2 if backward else 1) // (2 if geometry.padded else 1)
+def _per_thread(geometry: Geometry, heavy: bool) -> int:
+    """Elements per thread: half where a pass holds two tensors or many row offsets, half for the places of padding."""
+    return 32 // (2 if heavy else 1) // (2 if geometry.padded else 1)
 
 
 def _warps(elements: int, per_thread: int, most: int, device: Device) -> int:
