@@ -144,13 +144,13 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward or geometry.transposed), 512, device)
+    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward, geometry.transposed), 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 
-def _per_thread(geometry: Geometry, heavy: bool) -> int:
-    """Elements per thread: half where a pass holds two tensors or many row offsets, half for the places of padding."""
-    return 32 // (2 if heavy else 1) // (2 if geometry.padded else 1)
+def _per_thread(geometry: Geometry, backward: bool, scattered: bool = False) -> int:
+    """Elements per thread: half in a backward pass, which holds two tensors; half for many offsets or places."""
+    return 32 // (2 if backward else 1) // (2 if geometry.padded or (scattered and not backward) else 1)
 
 
 def _warps(elements: int, per_thread: int, most: int, device: Device) -> int:
