@@ -5,6 +5,8 @@ import torch
 
 import triton_norm as tn
 from bench.counting import counting
+from triton_norm import launch
+from triton_norm.plan import Device
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -56,6 +58,20 @@ def test_batch_norm(shape, layout):
     (forward, launches), (backward, backward_launches) = measure(module, shape, layout)
     assert forward <= 6.3 and launches <= 3
     assert backward <= 10.5 and backward_launches <= 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_batch_norm_as_a_large_gpu_splits_it(layout, monkeypatch):
+    """More programs share a row than one program combines on its own: partial results are summed by a launch."""
+    monkeypatch.setattr(launch, "_device", lambda index: Device())
+    launch._prepare.cache_clear()
+    try:
+        module = tn.BatchNorm2d(32, activation="relu")
+        (forward, launches), (backward, backward_launches) = measure(module, (8, 32, 56, 56), layout, residual=True)
+    finally:
+        launch._prepare.cache_clear()
+    assert forward <= 8.45 and launches <= 3
+    assert backward <= 12.7 and backward_launches <= 3
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -411,32 +411,28 @@ def _backward(
             run(dx, dresidual, None, sums, splits)
         else:
             run(None, None, None, sums, splits)
-            if per_channel:
-                sums = _sum_planes(x, at, sums, planes, splits * rows // channels, channels)
-                splits, rows = 1, channels
-            elif dx is not None and not plan.inline:
-                sums = _sum_planes(x, at, sums, planes, splits, rows)
+            if per_channel or (dx is not None and not plan.inline):
+                # One sum for each row or, of planes that share statistics, for each channel. Sums by channel are the
+                # parameters' gradients already.
+                width = channels if per_channel else rows
+                outputs = (dweight, dbias, dslope) if width == channels else (None, None, None)
+                partials, sums = sums, torch.empty(planes * width, dtype=at.dtype, device=x.device)
+                _column_sums(x, partials, sums, outputs, planes, splits * rows // width, width, at.acc[0])
+                parameter_gradients = parameter_gradients and width != channels
                 splits = 1
             if dx is not None or dresidual is not None:
                 run(dx, dresidual, sums, None, splits)
     if parameter_gradients:
-        _column_sums(x, sums, (dweight, dbias, dslope), splits * rows // channels, channels, at.acc[0])
+        outputs = (dweight, dbias, dslope)
+        _column_sums(x, sums, None, outputs, planes, splits * rows // channels, channels, at.acc[0])
 
 
-def _sum_planes(x, at, partials, planes, length, width):
-    """(planes, length, width) summed to (planes, width)."""
-    sums = torch.empty(planes * width, dtype=at.dtype, device=x.device)
-    outputs = [sums[q * width : (q + 1) * width] if q < planes else None for q in range(3)]
-    _column_sums(x, partials, outputs, length, width, at.acc[0])
-    return sums
-
-
-def _column_sums(x, source, outputs, length, width, acc) -> None:
+def _column_sums(x, source, totals, outputs, planes, length, width, acc) -> None:
     block_m = min(power_of_2(width), 16)
     block_l = min(power_of_2(length), 2048 // block_m)
     _run(
         x, backward_kernels.column_sums, (cdiv(width, block_m),),
-        source, *outputs, length, width, block_l, block_m, acc, num_warps=4,
+        source, totals, *outputs, length, width, planes, block_l, block_m, acc, num_warps=4,
     )  # fmt: skip
 
 

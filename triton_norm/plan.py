@@ -144,6 +144,9 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
     row_blocks = geometry.A * cdiv(geometry.G, rows)
     steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
+    if geometry.transposed:
+        # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
+        steps = max(steps, min(4, tiles))
     warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward, geometry.transposed), 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 

@@ -209,25 +209,39 @@ def gradient(
 
 
 @triton.jit
-def _column_sum(source, target, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
+def _column_sum(source, target, total_at, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
     total = tl.zeros((BLOCK_L, BLOCK_M), ACC)
     for start in range(0, L, BLOCK_L):
         at_l = start + tl.arange(0, BLOCK_L)
         at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
         total += tl.load(source + at, mask=(at_l < L)[:, None] & (at_m < M)[None, :], other=0.0)
-    tl.store(target + at_m, tl.sum(total, 0), mask=at_m < M)
+    summed = tl.sum(total, 0)
+    if target is not None:
+        tl.store(target + at_m, summed, mask=at_m < M)
+    if total_at is not None:
+        tl.store(total_at + at_m, summed, mask=at_m < M)
 
 
 @triton.jit
 def column_sums(
-    source, first, second, third, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr
+    source, totals, first, second, third, L, M, Q: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Sums each (L, M) plane of source over L, into the outputs that are wanted. Grid (M blocks,)."""
+    """Sums each of Q (L, M) planes of source over L. Grid (M blocks,).
+
+    The sums go to the parameters' gradients that are wanted and, where a later pass needs them, to ``totals`` (Q, M).
+    """
     at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.full((), 1, tl.int64) * L * M
-    if first is not None:
-        _column_sum(source, first, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-    if second is not None:
-        _column_sum(source + plane, second, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-    if third is not None:
-        _column_sum(source + 2 * plane, third, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    if totals is not None:
+        _column_sum(source, first, totals, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+        _column_sum(source + plane, second, totals + M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+        if Q == 3:
+            _column_sum(source + 2 * plane, third, totals + 2 * M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    else:
+        if first is not None:
+            _column_sum(source, first, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+        if second is not None:
+            _column_sum(source + plane, second, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+        if third is not None:
+            _column_sum(source + 2 * plane, third, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
