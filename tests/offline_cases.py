@@ -29,11 +29,11 @@ def compile_case(
     with compiling(target) as reports:
         y, statistics, bits, _ = launch.forward(
             x, parameter, parameter, extra, None, running, running, None, None,
-            kind, 0.1, 1e-5, "relu", [], residual, sides, "reflect", False,
+            kind, 0, 0.1, 1e-5, 0, False, "relu", [], residual, sides, "reflect", False,
         )  # fmt: skip
         launch.backward(
             y, None, x, parameter, parameter, None, None, None, None, statistics, bits if residual else None,
-            kind, 1e-5, "relu", [], sides, "reflect", [True, True, True, residual, False],
+            kind, 0, 1e-5, 0, False, "relu", [], sides, "reflect", [True, True, True, residual, False],
         )  # fmt: skip
     case = {"shape": shape, "layout": layout, "kind": kind, "dtype": str(dtype)}
     case |= {"residual": residual, "padding": padding}

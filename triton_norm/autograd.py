@@ -30,7 +30,8 @@ def _define(name: str, signature: str, function: Any) -> Any:
 _forward = _define(
     "forward",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor? mean, Tensor? variance, str kind, float momentum, float eps, "
+    "Tensor(b!)? running_var, Tensor? mean, Tensor? variance, str kind, int width, float momentum, float eps, "
+    "int correction, bool unit_offset, "
     "str activation, float[] parameters, bool keep_bits, int[] padding, str padding_mode, bool keep_plain) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
     launch.forward,
@@ -38,7 +39,8 @@ _forward = _define(
 _backward = _define(
     "backward",
     "(Tensor? dy, Tensor? dplain, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
-    "Tensor? mean, Tensor? variance, Tensor? statistics, Tensor? bits, str kind, float eps, "
+    "Tensor? mean, Tensor? variance, Tensor? statistics, Tensor? bits, str kind, int width, float eps, "
+    "int correction, bool unit_offset, "
     "str activation, float[] parameters, int[] padding, str padding_mode, bool[] wanted) -> Tensor[]",
     launch.backward,
 )
@@ -61,18 +63,25 @@ def normalize(
     padding: tuple[int, ...] = (),
     padding_mode: str = "reflect",
     keep_plain: bool = False,
+    width: int = 0,
+    unit_offset: bool = False,
+    correction: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """pad(activation(norm(x) * weight + bias + residual)) with x (N, C, *spatial), not empty, and checked arguments.
+    """pad(activation(norm(x) * weight + bias + residual)) with x not empty and checked arguments.
 
-    ``kind`` is "batch" or "instance"; weight and bias are (C,) or None, slope (1,) or (C,) for "prelu".
+    ``kind`` is "batch", "instance", "group" (``width`` channels in a group) or "channels" (each position over its
+    channels) with x (N, C, *spatial), or "layer" or "rms" with the trailing ``width`` elements a row. weight and bias
+    are None, or both (C,), (N, C) or like x for the first three, (C,) for "channels", and the trailing shape for the
+    others; with ``unit_offset`` the weight is 1 + weight. slope is (1,) or (C,) for "prelu" of the first three.
     With ``use_stats`` the running statistics are updated in place, without it they are what x is normalized with.
+    ``correction`` is what the variance's divisor falls short of the number of elements.
     ``padding`` is empty or torch's (left, right, ...) for every spatial dim, none negative. Returns the padded tensor
     and, with ``keep_plain``, the unpadded one; without padding only the first counts.
     """
     statistics = (running_mean, running_var, None, None) if use_stats else (None, None, running_mean, running_var)
     y, plain, _, _ = _Normalize.apply(
         x, weight, bias, residual, slope, *statistics,
-        kind, momentum, eps, activation, parameters, padding, padding_mode, keep_plain,
+        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode, keep_plain,
     )  # fmt: skip
     return y, plain
 
@@ -95,19 +104,20 @@ class _Normalize(_Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-        kind, momentum, eps, activation, parameters, padding, padding_mode, keep_plain,
+        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode, keep_plain,
     ):  # fmt: skip
         keep_bits = residual is not None and ACTIVATIONS[activation].levels is not None
         y, statistics, bits, plain = _forward(
             x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-            kind, momentum, eps, activation, parameters, keep_bits, padding, padding_mode, keep_plain,
+            kind, width, momentum, eps, correction, unit_offset, activation, parameters,
+            keep_bits, padding, padding_mode, keep_plain,
         )  # fmt: skip
         return y, plain, statistics, bits
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, residual, slope, _, _, mean, variance, kind, _, eps, activation, parameters, *rest = inputs
-        padding, padding_mode, keep_plain = rest
+        x, weight, bias, residual, slope, _, _, mean, variance, *constants, keep_plain = inputs
+        kind, width, _, eps, correction, unit_offset, activation, parameters, padding, padding_mode = constants
         _, plain, statistics, bits = output
         ctx.has_plain = bool(keep_plain and padding)
         ctx.mark_non_differentiable(statistics, bits, *(() if ctx.has_plain else (plain,)))
@@ -118,7 +128,7 @@ class _Normalize(_Function):
         if not depends_on_z:
             residual = None
         ctx.save_for_backward(x, weight, bias, residual, slope, mean, variance, statistics, bits)
-        ctx.constants = (kind, eps, activation, parameters, padding, padding_mode)
+        ctx.constants = (kind, width, eps, correction, unit_offset, activation, parameters, padding, padding_mode)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None, *_: None):
@@ -130,7 +140,8 @@ class _Normalize(_Function):
             return (None,) * 5 + unused
         wanted = list(ctx.needs_input_grad[:5])
         # Without activation and padding the residual's gradient is the output's.
-        passed_on = wanted[3] and ctx.constants[2] == "identity" and not ctx.constants[4]
+        *_, activation, _, padding, _ = ctx.constants
+        passed_on = wanted[3] and activation == "identity" and not padding
         wanted[3] = wanted[3] and not passed_on
         gradients = ()
         if any(wanted):
@@ -161,19 +172,19 @@ class _NormalizeBackward(_Function):
     @staticmethod
     def forward(
         dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits,
-        kind, eps, activation, parameters, padding, padding_mode, wanted,
+        kind, width, eps, correction, unit_offset, activation, parameters, padding, padding_mode, wanted,
     ):  # fmt: skip
         return tuple(
             _backward(
                 dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits,
-                kind, eps, activation, parameters, padding, padding_mode, wanted,
+                kind, width, eps, correction, unit_offset, activation, parameters, padding, padding_mode, wanted,
             )
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        ctx.bits, ctx.kind, ctx.eps, ctx.activation, ctx.parameters = inputs[10:15]
-        ctx.padding, ctx.padding_mode, ctx.wanted = inputs[15:]
+        ctx.bits, ctx.kind, ctx.width, ctx.eps, ctx.correction, ctx.unit_offset = inputs[10:16]
+        ctx.activation, ctx.parameters, ctx.padding, ctx.padding_mode, ctx.wanted = inputs[16:]
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
 
@@ -185,7 +196,10 @@ class _NormalizeBackward(_Function):
             if ctx.bits is not None:
                 # The activation is linear on either side of its corner, and the bits tell the side.
                 on, off = ACTIVATIONS[ctx.activation].levels(*ctx.parameters)
-                side = torch.where(launch.unpack_bits(ctx.bits, x, ctx.kind, bool(ctx.padding)), on, off)
+                above = launch.unpack_bits(
+                    ctx.bits, x, weight, bias, ctx.kind, ctx.width, bool(ctx.padding), mean is not None
+                )
+                side = torch.where(above, on, off)
                 residual = torch.zeros_like(x)
 
                 def activation(z: Tensor) -> Tensor:
@@ -198,8 +212,9 @@ class _NormalizeBackward(_Function):
                 wide = None if slope is None else slope.to(torch.promote_types(x.dtype, torch.float32))
                 activation = Resolved(ctx.activation, ctx.parameters, wide)
             y = plain = reference.formula(
-                x, weight, bias, residual, mean, variance, ctx.kind, mean is None, ctx.eps, activation
-            )
+                x, weight, bias, residual, mean, variance, ctx.kind, mean is None, ctx.eps, activation,
+                ctx.width, ctx.unit_offset, ctx.correction,
+            )  # fmt: skip
             if ctx.padding:
                 y = reference.pad(y, ctx.padding, ctx.padding_mode)
             ends = [(end, d) for end, d in ((y, dy), (plain, dplain)) if d is not None]

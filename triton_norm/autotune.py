@@ -46,14 +46,16 @@ class Problem:
 
 
 def key(kind: str, dtype: str, work: Work) -> str:
-    """All that a plan's time depends on, but for the activation and the affine, which move no bytes to speak of."""
+    """All that a plan's time depends on, but for the activation and what moves no bytes to speak of."""
     g = work.geometry
     direction = "backward" if work.backward else "forward"
     statistics = "own" if work.reduce else "given"
     sizes = f"A={g.A} G={g.G} K={g.K} S={g.S} channels={g.channels}"
     strides = f"x={','.join(map(str, g.x))} y={','.join(map(str, g.y))}"
     planes = f" H={g.H} y_d={g.y_d}" if g.padded else ""
-    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}"
+    rest = f" group={g.group}" if g.group > 1 else ""
+    rest += f" affine={work.affine}" if work.affine != "row" else ""
+    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}{rest}"
 
 
 class _State:

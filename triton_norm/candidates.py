@@ -7,7 +7,7 @@ rank: what it puts among the first is measured, what it puts last is not compile
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import plan as planning
 from .geometry import Geometry
@@ -41,14 +41,20 @@ class Work:
     reduce: bool
     extra: str
     device: Device
+    affine: str = "row"
 
     def heuristic(self) -> Plan:
-        return planning.choose(self.geometry, self.itemsize, self.backward, self.reduce, self.extra, self.device)
+        return planning.choose(
+            self.geometry, self.itemsize, self.backward, self.reduce, self.extra, self.affine, self.device
+        )
 
     @property
     def streams(self) -> float:
         """Tensors that must be read or written at least once, in units of the input."""
         least = 3.0 if self.backward else 2.0
+        if self.affine == "element":
+            # Weight and bias; backward the weight, and the gradients of both.
+            least += 3.0 if self.backward else 2.0
         if self.extra == "none":
             return least
         bits = 1 / (8 * self.itemsize)
@@ -59,6 +65,10 @@ class Work:
     @property
     def minimum_bytes(self) -> int:
         return round(self.streams * self.geometry.rows * self.geometry.columns * self.itemsize)
+
+    @property
+    def _sums_columns(self) -> bool:
+        return self.backward and self.affine == "column"
 
     def allows(self, plan: Plan) -> bool:
         """Whether the plan computes this work correctly, however fast."""
@@ -73,8 +83,9 @@ class Work:
         if plan.block_s < min(power_of_2(g.S), 8):
             return False
         if plan.regime == "persistent":
-            one = plan.splits == plan.steps == 1
-            return self.reduce and one and plan.block_k >= g.K and plan.block_s >= g.S
+            one = plan.splits == 1 and (plan.steps == 1 or self._sums_columns)
+            whole = plan.block_k >= g.K and plan.block_s >= g.S and plan.rows % plan.span(g) == 0
+            return self.reduce and one and whole
         tiles = cdiv(g.K, plan.block_k) * cdiv(g.S, plan.block_s)
         # Every program has a tile: an empty share would have a mean of 0 / 0.
         return (
@@ -116,14 +127,21 @@ def cost(work: Work, plan: Plan) -> float:
     g = work.geometry
     tensor = g.rows * g.columns * work.itemsize
     launches, again = 1, 0.0
+    row_blocks = plan.row_blocks(g)
+    if work._sums_columns and plan.regime == "persistent":
+        launches = 2
+        row_blocks = cdiv(row_blocks, plan.steps)
+        # Two float32 numbers per column and program, written and read.
+        again = 16 * row_blocks / (g.rows * work.itemsize) * FROM_L2
     if plan.regime == "split" and work.reduce:
         launches, again = (2, 2.0) if work.backward else (2, 1.0)
-        launches += not plan.inline
+        launches += not plan.inline or g.group > 1
+        if work._sums_columns:
+            launches, again = launches + 2, again + 2
         if work.backward and work.extra != "none":
             again += 1 / (8 * work.itemsize) if work.extra == "bits" else 1
         if work.streams * tensor <= work.device.l2_bytes / 2:
             again *= FROM_L2
-    row_blocks = g.A * cdiv(g.G, plan.rows)
     moved = (work.streams + again) * tensor * _sectors(work, plan)
     # Masked elements of a tile cost no bytes, but they occupy its registers and hide no latency.
     programs = row_blocks * plan.splits
@@ -154,6 +172,10 @@ def _per_element(work: Work, plan: Plan) -> float:
         registers += 0.5  # offsets
     if work.backward and work.extra == "residual":
         registers += 0.75
+    if work.affine == "element":
+        registers += 1
+    if work._sums_columns:
+        registers += 1 if plan.regime == "split" else 2
     return registers * max(work.itemsize, 4) / 4
 
 
@@ -192,14 +214,19 @@ def _powers(first: int, last: int) -> Iterator[int]:
 def _persistent(work: Work, chosen: Plan) -> Iterator[Plan]:
     g = work.geometry
     block_k, block_s = power_of_2(g.K), power_of_2(g.S)
-    columns = block_k * block_s
+    columns, span = block_k * block_s, power_of_2(g.group)
     # What the registers of a program hold was read from compiled code, and plan.py knows it.
-    limit = planning._register_limit(g, columns, work.itemsize, work.backward, work.extra)
-    if not work.reduce or columns > limit:
+    limit = planning.register_limit(g, columns * span, work.itemsize, work.backward, work.extra, work.affine)
+    if not work.reduce or columns * span > limit:
         return
-    for rows in _powers(1, min(power_of_2(g.G), limit // columns)):
+    for rows in _powers(span, min(power_of_2(g.G // g.group) * span, limit // columns)):
         for warps in _warps(rows * columns, work.device, (8, 16, 32, 64)):
-            yield Plan("persistent", rows, block_k, block_s, 1, 1, warps)
+            plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps)
+            if not work._sums_columns:
+                yield plan
+                continue
+            for programs in {work.device.multiprocessors * n for n in (1, 2, 4)}:
+                yield replace(plan, steps=cdiv(plan.row_blocks(g), programs))
     if chosen.fold > 1:
         for warps in _warps(columns, work.device, (32, 64)):
             yield Plan("persistent", 1, chosen.block_k, chosen.block_s, 1, 1, warps, chosen.fold)

@@ -2,11 +2,16 @@
 
 Every norm is the same computation on such a view; only which dimensions form a row differs:
 
-| norm on (N, C, *spatial) | A, G | K, S       |
-|--------------------------|------|------------|
-| instance                 | N, C | 1, spatial |
-| batch                    | 1, C | N, spatial |
-| planes, to be padded     | N, C | D * H, W   |
+| norm on (N, C, *spatial)    | A, G       | K, S             |
+|-----------------------------|------------|------------------|
+| instance, group             | N, C       | 1, spatial       |
+| batch                       | 1, C       | N, spatial       |
+| channels (LayerNorm2d)      | N, spatial | 1, C             |
+| layer, rms                  | leading    | normalized_shape |
+| planes, to be padded        | N, C       | D * H, W         |
+
+A group norm's rows are channels, of which ``group`` neighbours share their statistics: its affine is then constant on
+a row, like that of an instance norm, and a channels_last group norm reads whole pixels.
 
 Memory format is strides, and dimensions whose strides allow it are merged, so that a contiguous instance norm becomes
 one dimension of N * C rows and a channels_last batch norm C rows of N * H * W columns.
@@ -31,6 +36,8 @@ class Geometry:
     channels: int
     x: Strides
     y: Strides
+    #: Neighbouring rows that share one mean and rstd.
+    group: int = 1
     #: Of planes alone: the size H that splits k into (d, h), and y's stride in d. The stride in k is that in h.
     H: int = 0
     y_d: int = 0
@@ -76,36 +83,59 @@ def merge(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return merged
 
 
-def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...]) -> Geometry | None:
-    """The geometry of ``kind`` ("batch", "instance" or "planes") on a (N, C, *spatial) tensor.
+def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...], width: int = 0) -> Geometry | None:
+    """The geometry of ``kind`` on a (N, C, *spatial) tensor or, for "layer" and "rms", on one of any shape.
 
-    x and y are the strides of the input and of the dense tensors; for planes, of the input and everything laid out
-    like it, and of the padded tensor. None where the columns need more than two dimensions, as after cropping a volume
-    in several directions: make the input dense then.
+    ``width`` is the number of channels in a group, of "group" and of "planes" that are to be group-normalized, or the
+    number of elements that "layer" and "rms" reduce over. x and y are the strides of the input and of the dense
+    tensors; for planes, of the input and everything laid out like it, and of the padded tensor. None where rows or
+    columns need more than two dimensions, as after cropping a volume in several directions: make the input dense then.
     """
     dims = list(zip(shape, x, y, strict=True))
     if kind == "planes":
-        return _planes(dims)
-    samples, channel, spatial = dims[0], dims[1], dims[2:]
-    outer, reduced = ([], [samples, *spatial]) if kind == "batch" else ([samples], spatial)
-    # The order of a sum's terms is free, so columns are taken in memory order, whatever the order of the dimensions.
-    columns = merge(sorted(reduced, key=lambda dim: dim[:0:-1], reverse=True))
-    if len(columns) > 2:
+        return _planes(dims, width or 1)
+    group, channels = 1, 1
+    if kind in ("layer", "rms"):
+        leading = _leading(shape, width)
+        # An affine's parameters lie in the order of the dimensions, so these columns stay in it.
+        rows, columns = merge(dims[:leading]), merge(dims[leading:])
+    else:
+        samples, channel, spatial = dims[0], dims[1], dims[2:]
+        if kind == "channels":
+            rows, columns = merge(_in_memory_order([samples, *spatial])), merge([channel])
+        else:
+            outer, reduced = ([], [samples, *spatial]) if kind == "batch" else ([samples], spatial)
+            rows, columns = merge([*outer, channel]), merge(_in_memory_order(reduced))
+            channels = channel[0]
+            group = width if kind == "group" else 1
+    if len(columns) > 2 or len(rows) > 2:
         return None
-    rows = merge([*outer, channel])
     sizes, x_strides, y_strides = zip(*_pad(rows, 0), *_pad(columns, 1), strict=True)
-    return Geometry(*sizes, channels=channel[0], x=x_strides, y=y_strides)
+    return Geometry(*sizes, channels=channels, x=x_strides, y=y_strides, group=group)
 
 
-def _planes(dims: list[tuple[int, int, int]]) -> Geometry | None:
+def _leading(shape: tuple[int, ...], width: int) -> int:
+    """How many dimensions are in front of those whose sizes multiply to ``width``."""
+    leading, product = len(shape), 1
+    while product != width:
+        leading -= 1
+        product *= shape[leading]
+    return leading
+
+
+def _in_memory_order(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Dimensions whose order is free, like that of a sum's terms, so that as many as possible merge."""
+    return sorted(dims, key=lambda dim: dim[:0:-1], reverse=True)
+
+
+def _planes(dims: list[tuple[int, int, int]], group: int) -> Geometry | None:
     *_, d, h, w = [(1, 0, 0), (1, 0, 0), *dims[2:]]
     if d[0] > 1 and h[0] > 1 and d[1] != h[0] * h[1]:
         return None
     (A, x_a, y_a), (G, x_g, y_g) = _pad(merge(dims[:2]), 0)
     k = h if h[0] > 1 else d
-    return Geometry(
-        A, G, d[0] * h[0], w[0], dims[1][0], (x_a, x_g, k[1], w[1]), (y_a, y_g, h[2], w[2]), H=h[0], y_d=d[2]
-    )
+    x, y = (x_a, x_g, k[1], w[1]), (y_a, y_g, h[2], w[2])
+    return Geometry(A, G, d[0] * h[0], w[0], dims[1][0], x, y, group, H=h[0], y_d=d[2])
 
 
 def _pad(dims: list[tuple[int, ...]], inner_stride: int) -> list[tuple[int, ...]]:

@@ -18,10 +18,17 @@ from .kernels import forward as forward_kernels
 from .kernels import statistics as statistics_kernels
 from .kernels.activations import ACTIVATIONS
 from .kernels.padding import MODES
+from .kernels.tiles import AFFINES
 from .plan import Device, Plan, cdiv, power_of_2
 
 # Compiled as written whatever Triton's default: contracting a * b + c is what the accuracy tests have seen.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+#: Norms whose affine is one per column of a row.
+PER_COLUMN = ("layer", "rms", "channels")
+#: Norms over the trailing dimensions: like torch's, they give a contiguous tensor.
+TRAILING = ("layer", "rms")
 
 
 class Launch(NamedTuple):
@@ -38,6 +45,8 @@ class Launch(NamedTuple):
     strides: tuple[int, ...]
     #: R, BLOCK_K, BLOCK_S
     tile: tuple[int, ...]
+    #: AFFINE, GROUP and SPAN of NORM
+    norm: tuple[int, int, int]
     #: ACC, EVEN, WIDE
     acc: tuple[tl.dtype, bool, bool]
     #: The accumulation dtype, for torch.
@@ -49,8 +58,8 @@ class Launch(NamedTuple):
 @lru_cache
 def _device(index: int | None) -> Device:
     if index is None:
-        # Few programs are enough in the interpreter, which runs them one after another.
-        return Device(multiprocessors=4) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
+        # The interpreter runs programs one after another, so the fewer the better.
+        return Device(multiprocessors=1) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
     properties = torch.cuda.get_device_properties(index)
     return Device(
         properties.multi_processor_count,
@@ -79,14 +88,16 @@ def _prepare(
     backward: bool,
     reduce: bool,
     extra: str,
+    width: int,
+    affine: str,
     device: int | None,
 ) -> Launch | None:
-    geometry = view(kind, shape, x, y)
+    geometry = view(kind, shape, x, y, width)
     if geometry is None:
         return None
-    work = Work(geometry, dtype.itemsize, backward, reduce, extra, _device(device))
+    work = Work(geometry, dtype.itemsize, backward, reduce, extra, _device(device), affine)
     name = str(dtype).removeprefix("torch.")
-    arguments = (kind, shape, x, y, dtype, backward, reduce, extra, device)
+    arguments = (kind, shape, x, y, dtype, backward, reduce, extra, width, affine, device)
     problem = Problem(work, autotune.key(kind, name, work), _target(device), device, arguments)
     return _layout(problem, *autotune.find(problem))
 
@@ -96,32 +107,36 @@ autotune.on_change(_prepare.cache_clear)
 
 
 def _layout(problem: Problem, plan: Plan, untuned: bool = False) -> Launch:
-    geometry = problem.work.geometry
+    geometry, affine = problem.work.geometry, problem.work.affine
     if plan.fold > 1:
         geometry = geometry.folded(plan.fold)
     double = problem.work.itemsize == 8
     return Launch(
         geometry,
         plan,
-        geometry.A * cdiv(geometry.G, plan.rows),
+        plan.row_blocks(geometry),
         (geometry.G, geometry.K, geometry.S, geometry.rows, geometry.channels),
         (cdiv(geometry.K, plan.block_k) * cdiv(geometry.S, plan.block_s), plan.steps, plan.splits),
         (*geometry.x, *geometry.y, geometry.H, geometry.y_d),
         (plan.rows, plan.block_k, plan.block_s),
+        (AFFINES[affine], geometry.group, plan.span(geometry)),
         (tl.float64 if double else tl.float32, plan.fits(geometry), geometry.wide),
         torch.float64 if double else torch.float32,
         problem if untuned else None,
     )
 
 
-def prepare(kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool, extra: str) -> tuple[Tensor, Launch]:
+def prepare(
+    kind: str, x: Tensor, y: Tensor, backward: bool, reduce: bool, extra: str, width: int = 0, affine: str = "row"
+) -> tuple[Tensor, Launch]:
     """The launch for an input x with outputs laid out like y, and x itself, or a dense copy where no geometry fits."""
     # torch.Size and a tuple hash alike, so nothing is converted here.
     device = x.get_device() if x.is_cuda else None
-    found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, extra, device)
+    rest = (y.stride(), x.dtype, backward, reduce, extra, width, affine, device)
+    found = _prepare(kind, x.shape, x.stride(), *rest)
     if found is None:
         x = torch.empty_like(y).copy_(x)
-        found = _prepare(kind, x.shape, x.stride(), y.stride(), x.dtype, backward, reduce, extra, device)
+        found = _prepare(kind, x.shape, x.stride(), *rest)
     if found.untuned is not None:
         found = _tuned(found)
     return x, found
@@ -172,8 +187,11 @@ def forward(
     mean: Tensor | None,
     variance: Tensor | None,
     kind: str,
+    width: int,
     momentum: float,
     eps: float,
+    correction: int,
+    unit_offset: bool,
     activation: str,
     parameters: list[float],
     keep_bits: bool,
@@ -182,38 +200,97 @@ def forward(
     keep_plain: bool,
     run: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Normalizes x (N, C, *spatial), not empty, over ``kind`` ("batch" or "instance").
+    """Normalizes x, not empty, over ``kind``, as geometry.view knows it with ``width``.
 
-    weight, bias and slope are (C,) or None; running_mean and running_var are updated; mean and variance, (C,), stand
-    for the statistics of x where given (eval). ``padding`` is torch's (left, right, top, bottom, ...), none negative,
-    for all spatial dims, or empty.
+    Of batch, instance and group norms weight and bias are both (C,), (N, C) or like x, slope is (C,) or None;
+    of the others they have one element per column. With ``unit_offset`` the weight is 1 + weight. The variance divides
+    by the count less ``correction``. running_mean and running_var are updated; mean and variance, (C,), stand for the
+    statistics of x where given (eval). ``padding`` is torch's (left, right, top, bottom, ...), none negative, for all
+    spatial dims, or empty.
 
-    Returns y, like x but for the padding; the statistics, (2, rows) of mean and rstd; one bit per element of the
-    activation's derivative; and y without its padding. The last three are empty where statistics are given, where bits
-    are not asked for with ``keep_bits`` or the layout does not allow them, and without ``keep_plain`` and padding.
+    Returns y, like x but for the padding; the statistics, (2, rows or groups) of rstd and mean; one bit per element of
+    the activation's derivative; and y without its padding. The last three are empty where statistics are given, where
+    bits are not asked for with ``keep_bits`` or the layout does not allow them, and without ``keep_plain`` and padding.
     """
     if padding:
         x = _dense(x)
-    plain = torch.empty_like(x) if keep_plain or not padding else x.new_empty(0)
+    plain = _empty_like(x, kind) if keep_plain or not padding else x.new_empty(0)
     y = _empty_padded(x, padding) if padding else plain
-    rows = x.shape[1] if kind == "batch" else x.shape[0] * x.shape[1]
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     # Instances share their channel's running statistics, so those are averaged from the rows' variances afterwards.
     average = kind == "instance" and running_mean is not None
-    statistics = x.new_empty(0 if mean is not None else (3 if average else 2) * rows, dtype=dtype)
-    bits = x.new_empty(_bits(x, plain, padding) if keep_bits else 0, dtype=torch.uint8)
+    kept = 0 if mean is not None else 3 if average else 1 if kind == "rms" else 2
+    statistics = x.new_empty(kept * _statistics_count(kind, x, width), dtype=dtype)
+    bits = x.new_empty(_bits(x, plain, kind, width, padding) if keep_bits else 0, dtype=torch.uint8)
     if run:
         _forward(
             x, y, weight, bias, _like(residual, x if padding else y), _per_channel(slope, x),
             None if average else running_mean, None if average else running_var, mean, variance,
-            kind, momentum, eps, activation, parameters, statistics, bits if bits.numel() else None,
-            plain if keep_plain and padding else None, average, _pad(padding, padding_mode),
+            kind, width, momentum, eps, correction, unit_offset, activation, parameters, statistics,
+            bits if bits.numel() else None, plain if keep_plain and padding else None, average,
+            _pad(padding, padding_mode),
         )  # fmt: skip
     if average:
         per_instance = statistics.view(3, x.shape[0], x.shape[1]).mean(1)
-        running_mean.lerp_(per_instance[0].to(running_mean.dtype), momentum)
+        running_mean.lerp_(per_instance[1].to(running_mean.dtype), momentum)
         running_var.lerp_(per_instance[2].to(running_var.dtype), momentum)
     return y, statistics, bits, plain if padding else x.new_empty(0)
+
+
+def _empty_like(x: Tensor, kind: str) -> Tensor:
+    """An empty tensor of x's shape in the layout of the result."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format if kind in TRAILING else torch.preserve_format)
+
+
+def _statistics_count(kind: str, x: Tensor, width: int) -> int:
+    """How many means a norm takes."""
+    if kind == "batch":
+        return x.shape[1]
+    if kind == "instance":
+        return x.shape[0] * x.shape[1]
+    if kind == "group":
+        return x.shape[0] * x.shape[1] // width
+    return x.numel() // (x.shape[1] if kind == "channels" else width)
+
+
+class _Affine(NamedTuple):
+    weight: Tensor | None
+    bias: Tensor | None
+    #: "row", "column" or "element"
+    form: str
+    #: The stride from sample to sample of (N, C) parameters.
+    per_sample: int | None
+
+
+def _affine(kind: str, x: Tensor, layout: Tensor, weight: Tensor | None, bias: Tensor | None) -> _Affine:
+    """How the kernels find weight and bias, which are laid out like ``layout`` where they have a number per element."""
+    p = bias if weight is None else weight
+    if p is None:
+        return _Affine(None, None, "row", None)
+    if kind in PER_COLUMN:
+        form = "column"
+    elif p.dim() == 1:
+        form = "row"
+    elif p.dim() == x.dim():
+        return _Affine(_like(weight, layout), _like(bias, layout), "element", None)
+    else:
+        if any(q is not None and (q.stride(1) != 1 or q.stride(0) != p.stride(0)) for q in (weight, bias)):
+            weight, bias = (None if q is None else q.contiguous() for q in (weight, bias))
+            p = bias if weight is None else weight
+        return _Affine(weight, bias, "row", p.stride(0))
+    weight, bias = (q if q is None or q.is_contiguous() else q.contiguous() for q in (weight, bias))
+    return _Affine(weight, bias, form, None)
+
+
+def _views(kind: str, affine: _Affine, padded: bool, given: bool) -> tuple[str, bool]:
+    """The geometry that a norm's elements are walked in, and whether its rows share their channel's statistics.
+
+    A row of a batch norm spans samples. That is more than a padded tile has room for, and a weight per sample is not
+    constant on it: planes then, with statistics that come from a pass of their own.
+    """
+    by_plane = padded or affine.per_sample is not None
+    walked = "planes" if padded else "instance" if kind == "batch" and by_plane else kind
+    return walked, kind == "batch" and by_plane and not given
 
 
 def _channels_last(x: Tensor) -> torch.memory_format | None:
@@ -243,8 +320,11 @@ def _pad(padding: list[int], mode: str) -> tuple[int, ...] | None:
     return (MODES[mode], *sides[4:], *sides[2:4], *sides[:2])
 
 
-def _bits(x: Tensor, plain: Tensor, padding: list[int]) -> int:
+def _bits(x: Tensor, plain: Tensor, kind: str, width: int, padding: list[int]) -> int:
     """Bytes of one bit per element, or 0 where a row does not split into whole bytes in memory order."""
+    if kind in PER_COLUMN:
+        width = x.shape[1] if kind == "channels" else width
+        return x.numel() // 8 if width % 8 == 0 and x.stride() == plain.stride() else 0
     if padding:
         # Columns are (D * H, W), and a byte lies within one line of W.
         return x.numel() // 8 if x.shape[-1] % 8 == 0 else 0
@@ -267,19 +347,22 @@ def _numbers(activation: str, parameters: list[float]) -> tuple:
 
 def _forward(
     x, y, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-    kind, momentum, eps, activation, parameters, statistics, bits, plain, store_variance, pad,
+    kind, width, momentum, eps, correction, unit_offset, activation, parameters, statistics, bits, plain,
+    store_variance, pad,
 ):  # fmt: skip
     # Momentum as two float32 numbers whose sum is the double: Triton passes Python floats as float32.
     high = torch.tensor(momentum, dtype=torch.float32).item() if x.dtype == torch.float64 else momentum
     momenta = (high, momentum - high)
-    # A row of a batch norm spans samples, which is more than a padded tile has room for: statistics first, by channel.
-    per_channel = pad is not None and kind == "batch" and mean is None
+    affine = _affine(kind, x, x if pad else y, weight, bias)
+    walked, per_channel = _views(kind, affine, pad is not None, mean is not None)
     if per_channel:
         dense, at = prepare(kind, x, x, False, False, "none")
-        _statistics(dense, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize=True)
+        norm = _norm(at, unit_offset, kind, correction, False)
+        _statistics(dense, at, norm, statistics, running_mean, running_var, momenta, eps, store_variance, True)
         running_mean = running_var = None
     extra = "none" if residual is None else "residual"
-    x, at = prepare("planes" if pad else kind, x, y, False, mean is None and not per_channel, extra)
+    x, at = prepare(walked, x, y, False, mean is None and not per_channel, extra, width, affine.form)
+    norm = _norm(at, unit_offset, kind, correction, per_channel)
     plan = at.plan
     row = ACTIVATIONS[activation]
     numbers, (_, off) = _numbers(activation, parameters)
@@ -287,41 +370,51 @@ def _forward(
     if plan.regime == "persistent":
         _run(
             x, forward_kernels.persistent_forward, (at.row_blocks,),
-            x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, *momenta,
-            *at.sizes, *at.strides, eps, store_variance, *functions, *at.tile, pad, *at.acc, num_warps=plan.warps,
+            x, y, residual, bits, plain, statistics, affine.weight, affine.bias, slope, running_mean, running_var,
+            *momenta, *at.sizes, affine.per_sample, *at.strides, eps, store_variance, *functions, *at.tile, norm, pad,
+            *at.acc, num_warps=plan.warps,
         )  # fmt: skip
         return
     partials = None
     if mean is None and not per_channel:
+        finalize = at.geometry.group > 1 or not plan.inline
         partials = _statistics(
-            x, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize=not plan.inline
+            x, at, norm, statistics, running_mean, running_var, momenta, eps, store_variance, finalize
         )
         if partials is None:
             running_mean = running_var = None
     _run(
         x, forward_kernels.normalize, (at.row_blocks, plan.splits),
-        x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
-        running_mean, running_var, *momenta, *at.sizes, *at.walk, *at.strides, eps, store_variance, per_channel,
-        *functions, *at.tile, power_of_2(plan.splits), pad, *at.acc, num_warps=plan.warps,
+        x, y, residual, bits, plain, partials, statistics, mean, variance, affine.weight, affine.bias, slope,
+        running_mean, running_var, *momenta, *at.sizes, affine.per_sample, *at.walk, *at.strides, eps, store_variance,
+        *functions, *at.tile, power_of_2(plan.splits), norm, pad, *at.acc, num_warps=plan.warps,
     )  # fmt: skip
 
 
-def _statistics(x, at, statistics, running_mean, running_var, momenta, eps, store_variance, finalize):
+def _norm(at: Launch, unit_offset: bool, kind: str, correction: int, per_channel: bool) -> tuple:
+    """The kernels' NORM."""
+    return (at.norm[0], unit_offset, *at.norm[1:], kind != "rms", correction, per_channel)
+
+
+def _statistics(x, at, norm, statistics, running_mean, running_var, momenta, eps, store_variance, finalize):
     """The split regime's first pass. Returns partial statistics for the last pass to combine, or None if finalized."""
     plan = at.plan
     G, K, S, rows, _ = at.sizes
     partials = torch.empty((3 * plan.splits + 1) * rows, dtype=at.dtype, device=x.device)
     _run(
         x, statistics_kernels.partial_statistics, (at.row_blocks, plan.splits),
-        x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, *at.acc, num_warps=plan.warps,
+        x, partials, G, K, S, rows, *at.walk[:2], *at.strides[:4], *at.tile, norm, *at.acc, num_warps=plan.warps,
     )  # fmt: skip
     if not finalize:
         return partials
-    block = 8
+    group = at.geometry.group
+    results = power_of_2(plan.splits * group)
+    block = min(results, 1024)
+    sets = min(8, 2048 // block)
     _run(
-        x, statistics_kernels.finalize_statistics, (cdiv(rows, block),),
+        x, statistics_kernels.finalize_statistics, (cdiv(rows // group, sets),),
         partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
-        eps, store_variance, block, power_of_2(plan.splits), at.acc[0], num_warps=4,
+        eps, store_variance, sets, block, norm, at.acc[0], num_warps=4,
     )  # fmt: skip
     return None
 
@@ -339,7 +432,10 @@ def backward(
     statistics: Tensor,
     bits: Tensor | None,
     kind: str,
+    width: int,
     eps: float,
+    correction: int,
+    unit_offset: bool,
     activation: str,
     parameters: list[float],
     padding: list[int],
@@ -356,14 +452,28 @@ def backward(
     if padding:
         x = _dense(x)
         dy = _like(dy, _empty_padded(x, padding)) if dy is not None else _empty_padded(x, padding).zero_()
-    like_y = torch.empty_like(x)
-    templates = (like_y, weight, bias, like_y, x.new_empty(x.shape[1], dtype=slope.dtype) if wanted[4] else None)
-    outputs = [torch.empty_like(template) if want else None for template, want in zip(templates, wanted, strict=True)]
+    like_y = _empty_like(x, kind)
+    per_element = kind not in PER_COLUMN and any(p is not None and p.dim() == x.dim() for p in (weight, bias))
+
+    def template(p: Tensor | None) -> Tensor | None:
+        # A gradient per element is written where x's is; others are contiguous.
+        if p is None:
+            return None
+        return torch.empty_like(like_y, dtype=p.dtype) if per_element else p.new_empty(p.shape)
+
+    templates = (
+        like_y,
+        template(weight),
+        template(bias),
+        like_y,
+        None if slope is None else slope.new_empty(x.shape[1]),
+    )
+    outputs = [torch.empty_like(t) if want else None for t, want in zip(templates, wanted, strict=True)]
     if run:
         _backward(
             dy if padding else _like(dy, like_y), _like(dplain, like_y), x, like_y, weight, bias,
             _like(residual, like_y), _per_channel(slope, x), mean, variance, statistics, bits,
-            kind, eps, activation, parameters, _pad(padding, padding_mode), *outputs,
+            kind, width, eps, correction, unit_offset, activation, parameters, _pad(padding, padding_mode), *outputs,
         )  # fmt: skip
     if wanted[4] and slope.numel() != x.shape[1]:
         outputs[4] = outputs[4].sum(0, keepdim=True)
@@ -372,62 +482,99 @@ def backward(
 
 def _backward(
     dy, dplain, x, like_y, weight, bias, residual, slope, mean, variance, statistics, bits,
-    kind, eps, activation, parameters, pad, dx, dweight, dbias, dresidual, dslope,
+    kind, width, eps, correction, unit_offset, activation, parameters, pad, dx, dweight, dbias, dresidual, dslope,
 ):  # fmt: skip
     extra = "bits" if bits is not None else "none" if residual is None else "residual"
     given = mean is not None
-    per_channel = pad is not None and kind == "batch" and not given
+    affine = _affine(kind, x, x if pad else like_y, weight, bias)
+    walked, per_channel = _views(kind, affine, pad is not None, given)
     x, at = prepare(
-        "planes" if pad else kind, x, dy if pad else like_y, True, not given and not per_channel, extra
+        walked, x, dy if pad else like_y, True, not given and not per_channel, extra, width, affine.form
     )  # fmt: skip
+    norm = _norm(at, unit_offset, kind, correction, per_channel)
     plan, rows, channels = at.plan, at.geometry.rows, at.geometry.channels
     numbers, levels = _numbers(activation, parameters)
     functions = (ACTIVATIONS[activation].derivative, *numbers, *levels)
-    parameter_gradients = dweight is not None or dbias is not None or dslope is not None
+    by_element = (dweight, dbias) if affine.form == "element" else (None, None)
+    # Gradients that are sums over rows, or over the columns of a row.
+    summed = (None, None, dslope) if affine.form == "element" else (dweight, dbias, dslope)
+    asked = any(d is not None for d in summed)
     planes = 2 if slope is None else 3
+
+    def empty(n: int) -> Tensor:
+        return torch.empty(n, dtype=at.dtype, device=x.device)
+
     if plan.regime == "persistent":
-        sums = torch.empty(planes * rows, dtype=at.dtype, device=x.device) if parameter_gradients else None
-        splits = 1
+        programs = cdiv(at.row_blocks, plan.steps)
+        columns = affine.form == "column"
+        sums = empty(planes * (programs * at.geometry.columns if columns else rows)) if asked else None
         _run(
-            x, backward_kernels.persistent_backward, (at.row_blocks,),
-            x, dy, dplain, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
-            *at.sizes, *at.strides, *functions, *at.tile, pad, *at.acc, plan.fold > 1, num_warps=plan.warps,
+            x, backward_kernels.persistent_backward, (programs,),
+            x, dy, dplain, dx, dresidual, *by_element, residual, bits, statistics, sums,
+            affine.weight, affine.bias, slope, *at.sizes, affine.per_sample, at.row_blocks, plan.steps, *at.strides,
+            *functions, *at.tile, norm, pad, *at.acc, plan.fold > 1, num_warps=plan.warps,
         )  # fmt: skip
+        if asked and columns:
+            _column_sums(x, sums, None, summed, programs, at.geometry.columns, at.acc[0])
+        elif asked:
+            _parameter_gradients(x, sums, summed, 1, rows, channels, affine, at)
+        return
+
+    def run(dx, dresidual, by_element, earlier, partials, splits):
+        _run(
+            x, backward_kernels.gradient, (at.row_blocks, plan.splits),
+            x, dy, dplain, dx, dresidual, *by_element, residual, bits, statistics, mean, variance, earlier, partials,
+            affine.weight, affine.bias, slope, *at.sizes, affine.per_sample, *at.walk[:2], splits, *at.strides, eps,
+            *functions, *at.tile, power_of_2(splits), norm, pad, *at.acc, num_warps=plan.warps,
+        )  # fmt: skip
+
+    splits = plan.splits
+    columns = affine.form == "column" and asked
+    sums = empty(planes * splits * rows) if not given or (asked and not columns) else None
+    if given:
+        run(dx, dresidual, by_element, None, sums, splits)
     else:
-        splits = plan.splits
-        sums = None
-        if parameter_gradients or not given:
-            sums = torch.empty(planes * splits * rows, dtype=at.dtype, device=x.device)
-
-        def run(dx, dresidual, earlier, partials, splits):
-            _run(
-                x, backward_kernels.gradient, (at.row_blocks, plan.splits),
-                x, dy, dplain, dx, dresidual, residual, bits, statistics, mean, variance, earlier, partials,
-                weight, bias, slope, *at.sizes, *at.walk[:2], splits, *at.strides, eps, per_channel, *functions,
-                *at.tile, power_of_2(splits), pad, *at.acc, num_warps=plan.warps,
-            )  # fmt: skip
-
-        if given:
-            run(dx, dresidual, None, sums, splits)
-        else:
-            run(None, None, None, sums, splits)
-            if per_channel or (dx is not None and not plan.inline):
-                # One sum for each row or, of planes that share statistics, for each channel. Sums by channel are the
-                # parameters' gradients already.
-                width = channels if per_channel else rows
-                outputs = (dweight, dbias, dslope) if width == channels else (None, None, None)
-                partials, sums = sums, torch.empty(planes * width, dtype=at.dtype, device=x.device)
-                _column_sums(x, partials, sums, outputs, planes, splits * rows // width, width, at.acc[0])
-                parameter_gradients = parameter_gradients and width != channels
-                splits = 1
-            if dx is not None or dresidual is not None:
-                run(dx, dresidual, sums, None, splits)
-    if parameter_gradients:
-        outputs = (dweight, dbias, dslope)
-        _column_sums(x, sums, None, outputs, planes, splits * rows // channels, channels, at.acc[0])
+        run(None, None, (None, None), None, sums, splits)
+        earlier, settled = sums, False
+        if per_channel and affine.per_sample is None:
+            # One sum for each channel. Those are the parameters' gradients already.
+            earlier, settled = empty(planes * channels), True
+            _column_sums(x, sums, earlier, summed, splits * rows // channels, channels, at.acc[0], planes)
+        elif per_channel:
+            earlier = _shared_sums(x, sums, at, norm, affine, channels, rows // channels, 1, channels)
+        elif at.geometry.group > 1:
+            group = at.geometry.group
+            earlier = _shared_sums(x, sums, at, norm, affine, rows // group, group, group, 1)
+        elif dx is not None and not plan.inline:
+            settled = rows == channels and affine.form == "row"
+            earlier = empty(planes * rows)
+            outputs = summed if settled else (None, None, None)
+            _column_sums(x, sums, earlier, outputs, splits, rows, at.acc[0], planes)
+        if any(d is not None for d in (dx, dresidual, *by_element)):
+            run(dx, dresidual, by_element, earlier, None, splits if earlier is sums else 1)
+        if settled:
+            return
+    if columns:
+        _long_column_gradients(x, dy, residual, bits, statistics, affine, functions, norm, at, summed)
+    elif asked:
+        _parameter_gradients(x, sums, summed, splits, rows, channels, affine, at)
 
 
-def _column_sums(x, source, totals, outputs, planes, length, width, acc) -> None:
+def _parameter_gradients(x, sums, summed, splits, rows, channels, affine, at) -> None:
+    """From (planes, splits, rows) sums of rows, gradients of (C,) or, of weight and bias, of (N, C) parameters."""
+    dweight, dbias, dslope = summed
+    length = splits * rows // channels
+    if affine.per_sample is None:
+        _column_sums(x, sums, None, summed, length, channels, at.acc[0])
+        return
+    if dweight is not None or dbias is not None:
+        _column_sums(x, sums, None, (dweight, dbias, None), splits, rows, at.acc[0])
+    if dslope is not None:
+        _column_sums(x, sums[2 * splits * rows :], None, (dslope, None, None), length, channels, at.acc[0])
+
+
+def _column_sums(x, source, totals, outputs, length, width, acc, planes=0) -> None:
+    """Sums (planes, length, width) over length, into those outputs that are wanted and into totals (planes, width)."""
     block_m = min(power_of_2(width), 16)
     block_l = min(power_of_2(length), 2048 // block_m)
     _run(
@@ -436,10 +583,43 @@ def _column_sums(x, source, totals, outputs, planes, length, width, acc) -> None
     )  # fmt: skip
 
 
-def unpack_bits(bits: Tensor, x: Tensor, kind: str, padded: bool) -> Tensor:
+def _shared_sums(x, partials, at, norm, affine, sets, members, set_step, member_step) -> Tensor:
+    """(2, sets) sums of rows that share their statistics, each weighted where the passes before did not do that."""
+    totals = torch.empty(2 * sets, dtype=at.dtype, device=x.device)
+    block = min(power_of_2(at.plan.splits * members), 512)
+    per_program = min(power_of_2(sets), 8)
+    weight = affine.weight if affine.form == "row" else None
+    _run(
+        x, backward_kernels.shared_sums, (cdiv(sets, per_program),),
+        partials, totals, weight, at.geometry.rows, at.geometry.channels, affine.per_sample, at.plan.splits,
+        sets, members, set_step, member_step, per_program, block, norm, at.acc[0], num_warps=4,
+    )  # fmt: skip
+    return totals
+
+
+def _long_column_gradients(x, dy, residual, bits, statistics, affine, functions, norm, at, summed) -> None:
+    tiles, columns = at.walk[0], at.geometry.columns
+    # As many programs as the passes before had, each with as many rows as it takes.
+    steps = cdiv(at.row_blocks, min(at.row_blocks, max(at.row_blocks * at.plan.splits // tiles, 1)))
+    shares = cdiv(at.row_blocks, steps)
+    sums = torch.empty(2 * shares * columns, dtype=at.dtype, device=x.device)
+    G, K, S, rows, _ = at.sizes
+    _run(
+        x, backward_kernels.column_gradients, (tiles, shares),
+        x, dy, residual, bits, statistics, sums, affine.weight, affine.bias, G, K, S, rows, at.row_blocks, steps,
+        *at.strides[:8], *functions, *at.tile, norm, *at.acc, num_warps=at.plan.warps,
+    )  # fmt: skip
+    _column_sums(x, sums, None, summed, shares, columns, at.acc[0])
+
+
+def unpack_bits(
+    bits: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str, width: int, padded: bool,
+    given: bool,
+) -> Tensor:  # fmt: skip
     """The bits that ``forward`` kept, as a boolean tensor of x's shape."""
-    y = torch.empty_like(_dense(x) if padded else x, dtype=torch.bool)
-    geometry = view("planes" if padded else kind, tuple(x.shape), y.stride(), y.stride())
+    y = _empty_like(_dense(x) if padded else x, kind).bool()
+    walked, _ = _views(kind, _affine(kind, x, x, weight, bias), padded, given)
+    geometry = view(walked, tuple(x.shape), y.stride(), y.stride(), width)
     sizes = (geometry.A, geometry.G, geometry.K, geometry.S)
     on = bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
     y.as_strided(sizes, geometry.y).copy_(on.view(sizes))

@@ -56,7 +56,7 @@ def seconds(call: Callable[[], object]) -> float:
 @torch.no_grad()
 def scratch_call(
     forward: Callable, backward: Callable, kind: str, shape: tuple, strides: tuple, y_strides: tuple,
-    dtype: torch.dtype, is_backward: bool, reduce: bool, extra: str, device: int | None,
+    dtype: torch.dtype, is_backward: bool, reduce: bool, extra: str, width: int, affine: str, device: int | None,
 ) -> Callable[[], object]:  # fmt: skip
     """A call of ``forward`` or ``backward`` whose problem has these arguments."""
     where = torch.device("cpu") if device is None else torch.device("cuda", device)
@@ -67,33 +67,40 @@ def scratch_call(
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         return torch.empty(extent, dtype=dtype, device=where).normal_(generator=generator).as_strided(shape, strides)
 
-    def per_channel() -> Tensor:
-        return torch.ones(shape[1], dtype=torch.promote_types(dtype, torch.float32), device=where)
+    def ones(*size: int) -> Tensor:
+        return torch.ones(size, dtype=torch.promote_types(dtype, torch.float32), device=where)
 
-    x, weight, bias = scratch(), per_channel(), per_channel()
-    mean, variance = (None, None) if reduce else (per_channel(), per_channel())
+    def parameter() -> Tensor | None:
+        if affine == "element":
+            return scratch()
+        if affine == "row":
+            # An affine that is constant on a row is none at all to the norms that have theirs by column.
+            return None if kind in ("layer", "rms", "channels") else ones(shape[1])
+        return ones(shape[1] if kind == "channels" else width)
+
+    x, weight, bias = scratch(), parameter(), parameter() if kind != "rms" else None
+    mean, variance = (None, None) if reduce else (ones(shape[1]), ones(shape[1]))
     residual = None if extra == "none" else scratch()
     padding, mode, padded = [], "reflect", shape
     if kind == "planes":
-        kind = "instance" if reduce else "batch"
+        kind = "batch" if not reduce else "group" if width else "instance"
         padded = _padded(shape, y_strides)
         padding, mode = _sides(shape, padded)
     if not is_backward:
         return partial(
             forward, x, weight, bias, residual, None, None, None, mean, variance,
-            kind, 0.1, 1e-5, "relu", [], residual is not None, padding, mode, False,
+            kind, width, 0.1, 1e-5, 0, False, "relu", [], residual is not None, padding, mode, False,
         )  # fmt: skip
-    rows = shape[1] if kind == "batch" else shape[0] * shape[1]
-    # Means and reciprocal deviations of 1.
-    statistics = torch.ones(2 * rows if reduce else 0, dtype=weight.dtype, device=where)
+    # Means and reciprocal deviations of 1, one for each element at most.
+    statistics = ones(2 * x.numel() if reduce else 0)
     bits = torch.zeros(x.numel() // 8, dtype=torch.uint8, device=where) if extra == "bits" else None
     # Where there are no bits, an activation whose derivative needs the residual again.
     activation, needed = ("silu", residual) if extra == "residual" else ("relu", None)
     dy = scratch(padded, y_strides) if padding else scratch()
     return partial(
         backward, dy, None, x, weight, bias, needed, None, mean, variance,
-        statistics, bits, kind, 1e-5, activation, [], padding, mode,
-        [True, True, True, residual is not None, False],
+        statistics, bits, kind, width, 1e-5, 0, False, activation, [], padding, mode,
+        [True, weight is not None, bias is not None, residual is not None, False],
     )  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """Which regime and which block sizes for a geometry. Pure Python: no torch, no Triton, no measurement."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .geometry import Geometry
 
@@ -33,7 +33,8 @@ class Plan:
 
     A tile is ``rows`` rows of ``block_k * block_s`` columns. "persistent": one program holds whole rows in one tile.
     "split": ``splits`` programs share a row and walk ``steps`` tiles each. All block sizes are powers of two.
-    A ``fold`` above 1 lays a row's S columns as (fold, S / fold).
+    A ``fold`` above 1 lays a row's S columns as (fold, S / fold). A persistent program takes ``steps`` blocks of rows,
+    more than one only where parameters per column are to be summed over them.
     """
 
     regime: str
@@ -52,7 +53,18 @@ class Plan:
 
     def fits(self, geometry: Geometry) -> bool:
         """Whether the tiles cover the geometry exactly, so that no element needs a mask."""
+        if self.span(geometry) not in (1, geometry.group):
+            return False
         return not (geometry.G % self.rows or geometry.K % self.block_k or geometry.S % self.block_s)
+
+    def span(self, geometry: Geometry) -> int:
+        """The rows of a tile that a group takes: all of it in a program that holds whole rows."""
+        return power_of_2(geometry.group) if self.regime == "persistent" else 1
+
+    def row_blocks(self, geometry: Geometry) -> int:
+        if self.span(geometry) > 1:
+            return geometry.A * cdiv(geometry.G // geometry.group, self.rows // self.span(geometry))
+        return geometry.A * cdiv(geometry.G, self.rows)
 
 
 def power_of_2(n: int) -> int:
@@ -65,17 +77,20 @@ def cdiv(a: int, b: int) -> int:
 
 
 def choose(
-    geometry: Geometry, itemsize: int, backward: bool, reduce: bool, extra: str = "none", device: Device = Device()
-) -> Plan:
+    geometry: Geometry, itemsize: int, backward: bool, reduce: bool, extra: str = "none", affine: str = "row",
+    device: Device = Device(),
+) -> Plan:  # fmt: skip
     """The heuristic plan.
 
     ``itemsize`` is the input's, in bytes; ``reduce`` is False where statistics are given; ``extra`` says what else is
-    read per element: "none", "residual" or, in a backward pass, "bits".
+    read per element: "none", "residual" or, in a backward pass, "bits"; ``affine`` is constant on a "row", or one per
+    "column" or "element".
     """
     columns = power_of_2(geometry.K) * power_of_2(geometry.S)
-    limit = _register_limit(geometry, columns, itemsize, backward, extra)
-    if reduce and columns <= limit:
-        rows = _rows_per_program(geometry, columns, limit, itemsize, device)
+    span = power_of_2(geometry.group)
+    limit = register_limit(geometry, columns * span, itemsize, backward, extra, affine)
+    if reduce and columns * span <= limit:
+        rows = _rows_per_program(geometry, columns, limit, itemsize, backward, affine, device)
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns <= NARROW_ELEMENTS:
             elements = rows * columns
@@ -83,13 +98,17 @@ def choose(
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
             threads = 256 if few else 512
-            warps = _warps(elements, _per_thread(geometry, backward), threads, device)
+            warps = _warps(elements, _per_thread(geometry, backward, affine != "row"), threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
             folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
             fold = 4 if folds else 1
             block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
-            return Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
-    return _split(geometry, itemsize, backward, device)
+            plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
+            if backward and affine == "column":
+                # Sums of the parameters are written and read by every program, so no more of those than can run.
+                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), device.multiprocessors))
+            return plan
+    return _split(geometry, itemsize, backward, affine, device)
 
 
 def _vectorizes(geometry: Geometry) -> bool:
@@ -97,11 +116,16 @@ def _vectorizes(geometry: Geometry) -> bool:
     return not geometry.padded and geometry.S % 16 == 0
 
 
-def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: bool, extra: str) -> int:
-    """The largest tile that one program holds without spilling, in elements.
+def register_limit(
+    geometry: Geometry, columns: int, itemsize: int, backward: bool, extra: str, affine: str = "row"
+) -> int:
+    """The largest tile that one program holds without spilling, in elements, if it needs one of ``columns``.
 
     Read from compiled code: every value below was the largest that had no spill for sm_80, sm_90 and gfx942.
     """
+    if affine != "row":
+        free = FULL_TILE // (4 if backward and affine == "element" else 2)
+        return free * 4 // max(itemsize, 4)
     if itemsize == 8:
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
@@ -120,20 +144,26 @@ def _register_limit(geometry: Geometry, columns: int, itemsize: int, backward: b
     return FULL_TILE if extra == "none" and geometry.K == 1 else FULL_TILE // 2
 
 
-def _rows_per_program(geometry: Geometry, columns: int, limit: int, itemsize: int, device: Device) -> int:
+def _rows_per_program(
+    geometry: Geometry, columns: int, limit: int, itemsize: int, backward: bool, affine: str, device: Device
+) -> int:
     """Enough rows for a full tile or, in channels_last, for full sectors; fewer where multiprocessors would idle."""
-    most = max(min(power_of_2(geometry.G), limit // columns), 1)
+    span = power_of_2(geometry.group)
+    most = max(min(power_of_2(geometry.G // geometry.group) * span, limit // columns), 1)
+    # One program a multiprocessor, where parameters are summed over rows, has to keep enough bytes under way by itself.
+    tile = limit if backward and affine == "column" else TILE
     if geometry.transposed:
-        least, wanted = 16 // itemsize, max(TILE // columns, SECTOR // itemsize)
+        least, wanted = 16 // itemsize, max(tile // columns, SECTOR // itemsize)
     else:
-        least, wanted = 1, TILE // columns
-    rows = max(min(wanted, most), 1)
+        least, wanted = 1, tile // columns
+    least = max(least, span)
+    rows = max(min(max(wanted, span), most), 1)
     while rows > least and geometry.A * cdiv(geometry.G, rows) < 2 * device.multiprocessors:
         rows //= 2
     return rows
 
 
-def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) -> Plan:
+def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, device: Device) -> Plan:
     tile = TILE * 4 // max(itemsize, 4)
     rows = min(power_of_2(geometry.G), 128 // itemsize) if geometry.transposed else 1
     block_s = min(power_of_2(geometry.S), tile // rows)
@@ -147,7 +177,8 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, device: Device) ->
     if geometry.transposed:
         # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
         steps = max(steps, min(4, tiles))
-    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward, geometry.transposed), 512, device)
+    scattered = geometry.transposed or affine == "element"
+    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward, scattered), 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 

@@ -1,18 +1,36 @@
 """Backward, with the pre-activation z recomputed from x and the saved statistics.
 
-With dz = act'(z) dy, g = dz * weight and x̂ = (x - mean) * rstd, for a row of n elements:
+With dz = act'(z) dy, g = dz * weight and x̂ = (x - mean) * rstd, for a row or group of n elements:
 
-    dx = rstd * (g - mean(g) - x̂ * mean(g x̂))      statistics of the row itself
-    dx = rstd * g                                   given statistics (eval)
+    dx = rstd * (g - Σ g / n - x̂ * Σ g x̂ / (n - correction))      statistics of the row itself
+    dx = rstd * g                                                 given statistics (eval)
     dweight = Σ dz x̂,  dbias = Σ dz,  dslope = Σ dy min(z, 0),  dresidual = dz
 
-The weight is constant on a row, so a row's Σ dz and Σ dz x̂ serve both dx and, summed over the rows of a channel, the
-parameters: no atomics, and every result is bitwise repeatable. Sums lie as (Q, ..., rows): Σ dz x̂, Σ dz, then dslope.
+without Σ g where no mean is subtracted. Where the weight is constant on all that shares its statistics, Σ dz and
+Σ dz x̂ of a row serve both dx and, summed over the rows of a channel, the parameters. There are no atomics, and every
+result is bitwise repeatable. Sums lie as (Q, ..., rows): Σ dz x̂ (or Σ g x̂), Σ dz (or Σ g), then dslope.
 """
 
 from . import tl, triton
 from .padding import load_folded
-from .tiles import columns, count, load_bits, load_rows, offsets, row_block, tile_mask
+from .tiles import (
+    COLUMN,
+    ELEMENT,
+    ROW,
+    affine_at,
+    columns,
+    count,
+    load_affine,
+    load_bits,
+    load_rows,
+    load_statistics,
+    load_weight,
+    offsets,
+    over_group,
+    row_block,
+    statistics_at,
+    tile_mask,
+)
 
 
 @triton.jit
@@ -27,12 +45,13 @@ def through_bits(
 
 @triton.jit
 def through_activation(
-    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
-    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ACC: tl.constexpr,
+    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live, k, s, K, S,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz, and the integrand of the slope's gradient."""
     # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
-    z = (values - mean) * (rstd * w) + load_rows(bias, channel, live, 0.0, ACC)
+    z = (values - mean) * (rstd * w)
+    z += load_affine(bias, at, live, k, s, K, S, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     if slope is not None:
@@ -42,20 +61,34 @@ def through_activation(
 
 
 @triton.jit
-def persistent_backward(
-    x, dy, dplain, dx, dresidual, residual, bits, statistics, sums, weight, bias, slope,
-    G, K, S, rows, channels,
+def _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask):
+    """The gradients of an affine with a weight and a bias for each element."""
+    if dweight is not None:
+        tl.store(dweight + row_at + k_at + s_at, dz * normalized, mask=mask)
+    if dbias is not None:
+        tl.store(dbias + row_at + k_at + s_at, dz, mask=mask)
+
+
+@triton.jit
+def _whole_rows(
+    block,
+    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+    G, K, S, rows, channels, per_sample,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, FOLDED: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,)."""
-    a, g = row_block(tl.program_id(0), G, R)
+    """One block of rows, in registers. Returns dz and x̂."""
+    AFFINE: tl.constexpr = NORM[0]
+    GROUP: tl.constexpr = NORM[2]
+    CENTERED: tl.constexpr = NORM[4]
+    CORRECTION: tl.constexpr = NORM[5]
+    a, g, live = row_block(block, G, R, NORM)
     k, s = columns(0, S, BLOCK_K, BLOCK_S)
     row = a.to(tl.int64) * G + g
     channel = g % channels
-    live = g < G
     mask = tile_mask(live, k, s, K, S, EVEN)
     x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
     row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
@@ -72,23 +105,28 @@ def persistent_backward(
         if dresidual is not None:
             tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
-    mean = tl.load(statistics + row, mask=live, other=0.0)[:, None]
-    rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
-    w = load_rows(weight, channel, live, 1.0, ACC)
+    mean, rstd = load_statistics(statistics, row, channel, live, rows, channels, NORM)
+    at = affine_at(row, channel, channels, per_sample)
+    w = load_weight(weight, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
     ds = dz
     if bits is None:
         dz, ds = through_activation(
-            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
-            DERIVATIVE, P0, P1, ACC,
+            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live, k, s, K, S,
+            DERIVATIVE, P0, P1, NORM, ACC,
         )  # fmt: skip
         if dresidual is not None:
             tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
     normalized = tl.where(mask, (values - mean) * rstd, 0.0)
-    sum_dz = tl.sum(dz, 1)
-    sum_dzx = tl.sum(dz * normalized, 1)
-    if sums is not None:
-        tl.store(sums + row, sum_dzx, mask=live)
-        tl.store(sums + rows + row, sum_dz, mask=live)
+    d = dz
+    if AFFINE != ROW:
+        if AFFINE == ELEMENT:
+            _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask)
+        d = dz * w
+    sum_d = tl.sum(d, 1)
+    sum_dx = tl.sum(d * normalized, 1)
+    if AFFINE != COLUMN and sums is not None:
+        tl.store(sums + row, sum_dx, mask=live)
+        tl.store(sums + rows + row, sum_d, mask=live)
         if slope is not None:
             tl.store(sums + 2 * rows + row, tl.sum(ds, 1), mask=live)
     if dx is not None:
@@ -98,9 +136,81 @@ def persistent_backward(
             nothing = tl.num_programs(1) - 1
             if PAD is None:
                 row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
-        n = count(K, S, ACC)
-        centered = dz - (sum_dz / n)[:, None] - normalized * (sum_dzx / n)[:, None]
-        tl.store(dx + row_at + k_at + s_at, centered * (rstd * w), mask=mask)
+        n = count(K, S, ACC) * GROUP
+        mean_d = sum_d[:, None]
+        mean_dx = sum_dx[:, None]
+        scale = rstd
+        if AFFINE == ROW:
+            if GROUP > 1:
+                # The weight differs between the rows that share their statistics.
+                d = d * w
+                mean_d = mean_d * w
+                mean_dx = mean_dx * w
+            else:
+                scale = rstd * w
+        mean_d = over_group(mean_d, NORM)
+        mean_dx = over_group(mean_dx, NORM)
+        if CENTERED:
+            d -= mean_d / n
+        d -= normalized * (mean_dx / (n - CORRECTION))
+        tl.store(dx + row_at + k_at + s_at, d * scale, mask=mask)
+    return dz, normalized
+
+
+@triton.jit
+def persistent_backward(
+    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+    G, K, S, rows, channels, per_sample, blocks, steps,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    FOLDED: tl.constexpr,
+):  # fmt: skip
+    """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,).
+
+    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, so that its share of
+    the parameters' gradients, which goes to sums (Q, programs, columns), is small against what it reads.
+    """
+    AFFINE: tl.constexpr = NORM[0]
+    if AFFINE == COLUMN:
+        first = tl.program_id(0) * steps
+        sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        for block in range(first, tl.minimum(first + steps, blocks)):
+            dz, normalized = _whole_rows(
+                block,
+                x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+                G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+                DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE, FOLDED,
+            )  # fmt: skip
+            if sums is not None:
+                sum_dzx += dz * normalized
+                if bias is not None:
+                    sum_dz += dz
+        if sums is not None:
+            _store_columns(sums, sum_dzx, sum_dz, bias, 0, tl.program_id(0), tl.num_programs(0), K, S, BLOCK_K, BLOCK_S)
+    else:
+        _whole_rows(
+            tl.program_id(0),
+            x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+            G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE, FOLDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _store_columns(
+    sums, sum_dzx, sum_dz, bias, tile, share, shares, K, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """One program's share of the gradients of weight and bias, to (Q, shares, columns)."""
+    k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+    mask = (k < K) & (s < S)
+    width = tl.full((), 1, tl.int64) * K * S
+    at = share * width + k * S + s
+    tl.store(sums + at, tl.sum(sum_dzx, 0), mask=mask)
+    if bias is not None:
+        tl.store(sums + shares * width + at, tl.sum(sum_dz, 0), mask=mask)
 
 
 @triton.jit
@@ -113,52 +223,59 @@ def _row_mean(sums, row, live, rows, P, n, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def gradient(
-    x, dy, dplain, dx, dresidual, residual, bits, statistics, mean, variance, sums, partials, weight, bias, slope,
-    G, K, S, rows, channels, tiles, steps, P,
+    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, mean, variance, sums, partials,
+    weight, bias, slope,
+    G, K, S, rows, channels, per_sample, tiles, steps, P,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-    eps: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    eps: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
 
-    With ``partials`` it writes each program's sums to (Q, P, rows). With ``dx`` or ``dresidual`` it writes those,
-    using the rows' ``sums`` of an earlier pass, (Q, P, rows), unless the statistics are given per channel (eval).
-    PER_CHANNEL, rows are planes of a batch norm: statistics and sums, (Q, channels), are those of its channels.
+    With ``partials`` it writes each program's sums to (Q, P, rows). With ``dx``, ``dresidual`` or the gradients of an
+    affine per element it writes those, using the ``sums`` of an earlier pass unless the statistics are given (eval):
+    (Q, P, rows) or, where rows share their statistics, (Q, those), of g then, not of dz, unless one weight serves all.
     The pass that has sums runs backwards, to meet in L2 what the pass before it read last.
     """
+    AFFINE: tl.constexpr = NORM[0]
+    GROUP: tl.constexpr = NORM[2]
+    CENTERED: tl.constexpr = NORM[4]
+    CORRECTION: tl.constexpr = NORM[5]
+    PER_CHANNEL: tl.constexpr = NORM[6]
+    # Whether the sums are those of g: not where the weight is the same for all that shares a mean.
+    WEIGHTED: tl.constexpr = AFFINE != ROW or GROUP > 1 or (PER_CHANNEL and per_sample is not None)
     share = tl.program_id(1)
     block = tl.program_id(0)
     if sums is not None:
         share = tl.num_programs(1) - 1 - share
         block = tl.num_programs(0) - 1 - block
-    a, g = row_block(block, G, R)
+    a, g, live = row_block(block, G, R, NORM)
     row = a.to(tl.int64) * G + g
     channel = g % channels
-    live = g < G
-    w = load_rows(weight, channel, live, 1.0, ACC)
+    at = affine_at(row, channel, channels, per_sample)
+    if AFFINE == ROW:
+        w = load_weight(weight, at, live, row, row, K, S, row, row, row, live, NORM, ACC)
     if mean is not None:
         center = load_rows(mean, channel, live, 0.0, ACC)
         rstd = tl.rsqrt(load_rows(variance, channel, live, 1.0, ACC) + eps)
-    elif PER_CHANNEL:
-        center = tl.load(statistics + channel, mask=live, other=0.0)[:, None]
-        rstd = tl.load(statistics + channels + channel, mask=live, other=0.0)[:, None]
     else:
-        center = tl.load(statistics + row, mask=live, other=0.0)[:, None]
-        rstd = tl.load(statistics + rows + row, mask=live, other=0.0)[:, None]
+        center, rstd = load_statistics(statistics, row, channel, live, rows, channels, NORM)
     if sums is not None:
-        n = count(K, S, ACC)
+        n = count(K, S, ACC) * GROUP
         if PER_CHANNEL:
             n = n * (rows // channels)
-            mean_dzx = (tl.load(sums + channel, mask=live, other=0.0) / n)[:, None]
-            mean_dz = (tl.load(sums + channels + channel, mask=live, other=0.0) / n)[:, None]
+        if PER_CHANNEL or GROUP > 1:
+            index, total = statistics_at(row, channel, rows, channels, NORM)
+            mean_dx = (tl.load(sums + index, mask=live, other=0.0) / (n - CORRECTION))[:, None]
+            mean_d = (tl.load(sums + total + index, mask=live, other=0.0) / n)[:, None]
         else:
-            mean_dzx = _row_mean(sums, row, live, rows, P, n, BLOCK_P)
-            mean_dz = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
+            mean_dx = _row_mean(sums, row, live, rows, P, n - CORRECTION, BLOCK_P)
+            mean_d = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
     if partials is not None:
-        sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
-        sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        sum_dx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        sum_d = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         if slope is not None:
             sum_ds = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
     first = share * steps
@@ -179,33 +296,120 @@ def gradient(
             if dplain is not None:
                 dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
+        if AFFINE != ROW:
+            w = load_weight(weight, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
         ds = dz
         if bits is not None:
             dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
         else:
             dz, ds = through_activation(
-                dz, values, center, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, channel, live,
-                DERIVATIVE, P0, P1, ACC,
+                dz, values, center, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
+                k, s, K, S, DERIVATIVE, P0, P1, NORM, ACC,
             )  # fmt: skip
         normalized = tl.where(mask, (values - center) * rstd, 0.0)
-        if partials is not None:
-            sum_dzx += dz * normalized
-            sum_dz += dz
-            if slope is not None:
-                sum_ds += ds
+        if AFFINE == ELEMENT:
+            _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask)
         if dresidual is not None:
             tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
+        if partials is not None:
+            d = dz
+            if AFFINE != ROW:
+                d = dz * w
+            sum_dx += d * normalized
+            sum_d += d
+            if slope is not None:
+                sum_ds += ds
         if dx is not None:
-            if sums is not None:
-                dz = dz - mean_dz - normalized * mean_dzx
-            tl.store(dx + row_at + k_at + s_at, dz * (rstd * w), mask=mask)
+            if sums is None:
+                tl.store(dx + row_at + k_at + s_at, dz * (rstd * w), mask=mask)
+            else:
+                d = dz
+                scale = rstd
+                if WEIGHTED:
+                    d = dz * w
+                else:
+                    scale = rstd * w
+                if CENTERED:
+                    d -= mean_d
+                tl.store(dx + row_at + k_at + s_at, (d - normalized * mean_dx) * scale, mask=mask)
     if partials is not None:
-        at = share.to(tl.int64) * rows + row
+        to = share.to(tl.int64) * rows + row
         plane = tl.num_programs(1).to(tl.int64) * rows
-        tl.store(partials + at, tl.sum(sum_dzx, 1), mask=live)
-        tl.store(partials + plane + at, tl.sum(sum_dz, 1), mask=live)
+        tl.store(partials + to, tl.sum(sum_dx, 1), mask=live)
+        tl.store(partials + plane + to, tl.sum(sum_d, 1), mask=live)
         if slope is not None:
-            tl.store(partials + 2 * plane + at, tl.sum(sum_ds, 1), mask=live)
+            tl.store(partials + 2 * plane + to, tl.sum(sum_ds, 1), mask=live)
+
+
+@triton.jit
+def column_gradients(
+    x, dy, residual, bits, statistics, sums, weight, bias,
+    G, K, S, rows, blocks, steps,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """The gradients of an affine per column where a row is too long for one program, to sums (Q, shares, columns).
+
+    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows.
+    """
+    tile = tl.program_id(0)
+    k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+    first = tl.program_id(1) * steps
+    sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+    sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+    for block in range(first, tl.minimum(first + steps, blocks)):
+        a, g, live = row_block(block, G, R, NORM)
+        row = a.to(tl.int64) * G + g
+        mask = tile_mask(live, k, s, K, S, EVEN)
+        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
+        mean, rstd = load_statistics(statistics, row, row, live, rows, rows, NORM)
+        if bits is not None:
+            dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
+        else:
+            w = load_weight(weight, row, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
+            dz, _ = through_activation(
+                dz, values, mean, rstd, w, residual, bias, None, row_at, k_at, s_at, mask, row, row, live, k, s, K, S,
+                DERIVATIVE, P0, P1, NORM, ACC,
+            )  # fmt: skip
+        sum_dzx += tl.where(mask, dz * ((values - mean) * rstd), 0.0)
+        if bias is not None:
+            sum_dz += dz
+    _store_columns(sums, sum_dzx, sum_dz, bias, tile, tl.program_id(1), tl.num_programs(1), K, S, BLOCK_K, BLOCK_S)
+
+
+@triton.jit
+def shared_sums(
+    partials, totals, weight, rows, channels, per_sample, P, sets, members, set_step, member_step,
+    R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Σ g x̂ and Σ g, to totals (2, sets), of rows that share their statistics, from sums of dz, (2, P, rows).
+
+    Row ``i * set_step + j * member_step`` is member j of set i. Grid (blocks of R sets,).
+    """
+    UNIT: tl.constexpr = NORM[1]
+    i = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+    plane = tl.full((), 1, tl.int64) * P * rows
+    sum_dx = tl.zeros((R, BLOCK), ACC)
+    sum_d = tl.zeros((R, BLOCK), ACC)
+    for start in range(0, P * members, BLOCK):
+        j = start + tl.arange(0, BLOCK)
+        mask = (i < sets)[:, None] & (j < P * members)[None, :]
+        row = (i * set_step)[:, None] + (j % members)[None, :].to(tl.int64) * member_step
+        at = (j // members).to(tl.int64)[None, :] * rows + row
+        w = tl.full((R, BLOCK), 1, ACC)
+        if weight is not None:
+            w = tl.load(weight + affine_at(row, row % channels, channels, per_sample), mask=mask, other=0.0).to(ACC)
+            if UNIT:
+                w += 1.0
+        sum_dx += w * tl.load(partials + at, mask=mask, other=0.0)
+        sum_d += w * tl.load(partials + plane + at, mask=mask, other=0.0)
+    tl.store(totals + i, tl.sum(sum_dx, 1), mask=i < sets)
+    tl.store(totals + sets + i, tl.sum(sum_d, 1), mask=i < sets)
 
 
 @triton.jit

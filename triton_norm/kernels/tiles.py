@@ -2,16 +2,88 @@
 
 A tile is R rows by C = BLOCK_K * BLOCK_S columns, two-dimensional so that a sum over a row is one reduction along one
 axis. Row offsets are 64-bit, column offsets 32-bit unless WIDE. See geometry.py for (A, G, K, S).
+
+NORM is what tells the norms apart, a compile-time tuple: AFFINE, UNIT, GROUP, SPAN, CENTERED, CORRECTION, PER_CHANNEL.
+
+- AFFINE: weight and bias are constant on a ROW, or one per COLUMN, or one per ELEMENT, laid out like the residual.
+- UNIT: the weight is 1 + weight.
+- GROUP neighbouring rows share their statistics. Where a program holds all of a group it has SPAN rows of the tile for
+  it, the next power of two; where rows are walked in tiles SPAN is 1.
+- CENTERED: the mean is subtracted; without it (RMS norm) it counts as 0 and is neither stored nor differentiated.
+- CORRECTION is what is taken from the number of elements when the variance is divided by it.
+- PER_CHANNEL: rows are planes of a batch norm, so statistics are those of a row's channel.
 """
 
 from . import tl, triton
 
+ROW, COLUMN, ELEMENT = map(tl.constexpr, range(3))
+#: The numbers of AFFINE by name.
+AFFINES = {"row": 0, "column": 1, "element": 2}
+
 
 @triton.jit
-def row_block(block, G, R: tl.constexpr):
-    """Sample a (a scalar, so that no element pays for the division) and rows g of a block of R rows."""
-    blocks = tl.cdiv(G, R)
-    return block // blocks, (block % blocks) * R + tl.arange(0, R)
+def row_block(block, G, R: tl.constexpr, NORM: tl.constexpr):
+    """Sample a, rows g of a block of R rows, and which of them exist.
+
+    a is a scalar, so that no element pays for the division.
+    """
+    GROUP: tl.constexpr = NORM[2]
+    SPAN: tl.constexpr = NORM[3]
+    r = tl.arange(0, R)
+    if SPAN == 1 or SPAN == GROUP:
+        blocks = tl.cdiv(G, R)
+        g = (block % blocks) * R + r
+        return block // blocks, g, g < G
+    else:
+        blocks = tl.cdiv(G // GROUP, R // SPAN)
+        g = ((block % blocks) * (R // SPAN) + r // SPAN) * GROUP + r % SPAN
+        return block // blocks, g, (r % SPAN < GROUP) & (g < G)
+
+
+@triton.jit
+def over_group(rows, NORM: tl.constexpr):
+    """Each row's number, (R, 1) and 0 where there is no row, summed over the rows of its group."""
+    SPAN: tl.constexpr = NORM[3]
+    if SPAN == 1:
+        return rows
+    else:
+        R: tl.constexpr = rows.shape[0]
+        total = tl.sum(tl.reshape(rows, (R // SPAN, SPAN)), 1)
+        return tl.reshape(tl.broadcast_to(total[:, None], (R // SPAN, SPAN)), (R, 1))
+
+
+@triton.jit
+def statistics_at(row, channel, rows, channels, NORM: tl.constexpr):
+    """Which mean and rstd are a row's, and how many there are in all."""
+    GROUP: tl.constexpr = NORM[2]
+    PER_CHANNEL: tl.constexpr = NORM[6]
+    if PER_CHANNEL:
+        return channel, channels
+    elif GROUP > 1:
+        return row // GROUP, rows // GROUP
+    else:
+        return row, rows
+
+
+@triton.jit
+def load_statistics(statistics, row, channel, live, rows, channels, NORM: tl.constexpr):
+    """Mean and rstd of each row, (R, 1)."""
+    CENTERED: tl.constexpr = NORM[4]
+    at, total = statistics_at(row, channel, rows, channels, NORM)
+    rstd = tl.load(statistics + at, mask=live, other=0.0)[:, None]
+    if CENTERED:
+        return tl.load(statistics + total + at, mask=live, other=0.0)[:, None], rstd
+    else:
+        return tl.zeros_like(rstd), rstd
+
+
+@triton.jit
+def affine_at(row, channel, channels, per_sample):
+    """Where the affine of a row is: at its channel or, with the stride ``per_sample``, at its sample and channel."""
+    if per_sample is None:
+        return channel
+    else:
+        return (row // channels) * per_sample + channel
 
 
 @triton.jit
@@ -59,6 +131,33 @@ def load_rows(pointer, at, live, default: tl.constexpr, ACC: tl.constexpr):
         return default
     else:
         return tl.load(pointer + at, mask=live, other=0.0).to(ACC)[:, None]
+
+
+@triton.jit
+def load_affine(
+    pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, default: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Weight or bias of a tile as (R, 1), (1, C) or (R, C), or the default where there is no tensor."""
+    AFFINE: tl.constexpr = NORM[0]
+    if AFFINE == ROW or pointer is None:
+        return load_rows(pointer, at, live, default, ACC)
+    elif AFFINE == COLUMN:
+        return tl.load(pointer + k * S + s, mask=(k < K) & (s < S), other=0.0).to(ACC)[None, :]
+    else:
+        return tl.load(pointer + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_weight(
+    pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    UNIT: tl.constexpr = NORM[1]
+    weight = load_affine(pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, 1.0, NORM, ACC)
+    if UNIT:
+        return weight + 1.0
+    else:
+        return weight
 
 
 @triton.jit
