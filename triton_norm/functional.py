@@ -273,7 +273,6 @@ def _launch(
     return (y, plain) if sides else y
 
 
-@lru_cache
 def _listed_for_float32(kind: str, device: str) -> bool:
     """Whether autocast on this device type, switched on, runs this norm in float32; an empty tensor tells."""
     x = torch.empty(0, 2, dtype=torch.float16, device=device)
@@ -281,8 +280,14 @@ def _listed_for_float32(kind: str, device: str) -> bool:
     return reference.norm(kind, x, argument, None, None, None, None, True, 0.0, 1e-5).dtype == torch.float32
 
 
+_remembered = lru_cache(_listed_for_float32)
+
+
 def _runs_in_float32(kind: str, device: str) -> bool:
-    return _autocasts(device) and _listed_for_float32(kind, device)
+    if not _autocasts(device):
+        return False
+    # The compiler knows no caches, and warns of them.
+    return (_listed_for_float32 if torch.compiler.is_compiling() else _remembered)(kind, device)
 
 
 def _autocasts(device: str) -> bool:
@@ -325,6 +330,8 @@ def _fits(
         if not isinstance(argument, (tuple, list)) or not argument or sizes[-len(argument) :] != tuple(argument):
             return False
         shape = sizes[-len(argument) :]
+        if isinstance(math.prod(argument), float):
+            return False
     else:
         if len(sizes) < 2:
             return False

@@ -85,7 +85,9 @@ def normalize(
     if unit_offset:
         weight = 1 + weight
     argument = _argument(kind, x, weight, bias, width)
-    if not correction and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
+    # torch 2.13's group norm with a bias alone has no gradient on the CPU.
+    composed = correction or (kind == "group" and weight is None and bias is not None)
+    if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
         y = norm(kind, x, argument, running_mean, running_var, weight, bias, use_stats, momentum, eps)
         return finish(y, x, residual, activation)
     scale = 1.0
