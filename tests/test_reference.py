@@ -80,6 +80,21 @@ def test_formula_differentiates_twice(kind, activation):
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 
 
+@pytest.mark.parametrize("case", FAMILY)
+def test_formula_of_the_family_differentiates_twice(case):
+    options, own = FAMILY[case]
+    kind = case.split()[0]
+    a = arguments(kind, (2, 4, 4, 5), torch.float64, residual=True, **options)
+    tensors = (a.x, a.weight, a.residual) if a.bias is None else (a.x, a.weight, a.residual, a.bias)
+
+    def call(x, weight, residual, bias=None):
+        return reference.formula(x, weight, bias, residual, None, None, kind, True, 1e-5, BY_NAME["silu"], **own)
+
+    inputs = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
 def test_formula_keeps_digits_far_from_zero():
     """At mean 1e4 and deviation 1 the variance is taken about the mean."""
     x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) + 1e4

@@ -270,6 +270,9 @@ def _launch(
     )  # fmt: skip
     if behind:
         return reference.finish(y, x, None, on_torch(resolved, x))
+    if kind in reference.ROWS:
+        # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
+        return reference.in_format_of(x, y)
     return (y, plain) if sides else y
 
 
@@ -332,18 +335,18 @@ def _fits(
         shape = sizes[-len(argument) :]
         if isinstance(math.prod(argument), float):
             return False
+    elif len(sizes) < 2:
+        return False
     else:
-        if len(sizes) < 2:
-            return False
         shape = sizes[1:2]
         if kind == "group":
             # torch refuses one value per group, where that is the whole input.
-            if type(argument) is not int or argument <= 0 or shape[0] % argument or x.numel() <= argument:
+            if type(argument) is not int or argument <= 0 or sizes[1] % argument or x.numel() <= argument:
                 return False
         elif kind == "channels":
             if tuple(argument) != shape:
                 return False
-        elif use_stats and x.numel() == (shape[0] if kind == "batch" else sizes[0] * shape[0]):
+        elif use_stats and x.numel() == (sizes[1] if kind == "batch" else sizes[0] * sizes[1]):
             return False
     device, dtype = x.device, None
     for p in parameters:
@@ -386,17 +389,18 @@ def _is_wide(p: Tensor | None) -> bool:
 
 def _check_wide(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Both in the wider one's form and dtype, after raising what is wrong with them."""
-    shapes = {tuple(x.shape[1:2]), tuple(x.shape[:2]), tuple(x.shape)}
+    sizes, dtype, device = x.shape, x.dtype, x.device
+    shapes = (sizes[1:2], sizes[:2], sizes)
     for name, p in (("weight", weight), ("bias", bias)):
-        if p is not None and (
-            not isinstance(p, Tensor)
-            or tuple(p.shape) not in shapes
-            or p.dtype not in (x.dtype, torch.promote_types(x.dtype, torch.float32))
-            or p.device != x.device
+        if p is not None and not (
+            isinstance(p, Tensor)
+            and p.shape in shapes
+            and (p.dtype == dtype or (p.dtype == torch.float32 and dtype in _HALF))
+            and p.device == device
         ):
+            expected = " or ".join(str(tuple(shape)) for shape in dict.fromkeys(shapes))
             raise ValueError(
-                f"{name} must have shape {' or '.join(map(str, sorted(shapes, key=len)))} for an input of "
-                f"{_describe(x)}, but got {_describe(p)}"
+                f"{name} must have shape {expected} for an input of {_describe(x)}, but got {_describe(p)}"
             )
     if weight is None or bias is None:
         return weight, bias

@@ -104,7 +104,7 @@ def finish(y: Tensor, x: Tensor, residual: Tensor | None, activation: Activation
     """``activation(y + residual)`` in x's dtype and memory format, for a normalized x."""
     if residual is not None:
         y = y + residual
-    return _in_format_of(x, activation(y.to(x.dtype)).to(x.dtype))
+    return in_format_of(x, activation(y.to(x.dtype)).to(x.dtype))
 
 
 def formula(
@@ -158,7 +158,15 @@ def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
     ``PADDING_MODES``.
     """
     sides = (padding,) * (2 * (y.dim() - 2)) if isinstance(padding, int) else padding
-    return _in_format_of(y, F.pad(y, sides, PADDING_MODES[mode]))
+    return in_format_of(y, F.pad(y, sides, PADDING_MODES[mode]))
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """y in channels_last where x is: torch's instance norm on the CPU and some of its pads lose it."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+        return y.contiguous(memory_format=channels_last)
+    return y
 
 
 def spread(p: Tensor, x: Tensor) -> Tensor:
@@ -210,11 +218,3 @@ def _argument(
         return (bias if weight is None else weight).shape
     dims = next(d for d in range(1, x.dim() + 1) if math.prod(x.shape[-d:]) == width)
     return x.shape[-dims:]
-
-
-def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """y in channels_last where x is: torch's instance norm on the CPU and some of its pads lose it."""
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
-        return y.contiguous(memory_format=channels_last)
-    return y
