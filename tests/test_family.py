@@ -78,6 +78,7 @@ def test_weight_and_bias_of_different_forms(backend, kind, weight_shape, bias_sh
 def test_wide_weight_and_bias_of_different_dtypes(backend):
     a = made("instance sample", backend, dtype=torch.bfloat16)
     a.weight = a.weight.float()
+    assert {p.dtype for p in functional._check_wide(a.x, a.weight, a.bias)} == {torch.float32}
     got = check(a)
     assert got.gradients["weight"].dtype == torch.float32 and got.gradients["bias"].dtype == torch.bfloat16
 
@@ -721,14 +722,17 @@ def test_synchronized(backend, name, monkeypatch):
     x = image(backend)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
     outputs = [m(t, *inputs, residual=t, padding=1) for m, t in zip((module, twin), leaves, strict=True)]
+    if name == "SyncBatchNorm":
+        assert_close(*(m(x, unit_offset=True) for m in (module, twin)), torch.float32)
     assert_close(*outputs, torch.float32)
     assert_close(
         *(torch.autograd.grad(y.sin().sum(), t)[0] for y, t in zip(outputs, leaves, strict=True)), torch.float32
     )
     for got, want in zip(module.buffers(), twin.buffers(), strict=True):
         assert_close(got, want, torch.float32)
-    with pytest.raises(ValueError, match="residual must be like the input"):
-        module(x, *inputs, residual=x[:1])
+    for error, wrong in ((ValueError, {"residual": x[:1]}), (RuntimeError, {"activation": nn.PReLU(7).to(x.device)})):
+        with pytest.raises(error):
+            module(x, *inputs, **wrong)
     assert_close(*(next(iter(m.buffers())) for m in (module, twin)), torch.float32)
     assert_close(module.eval()(x, *inputs), twin.eval()(x, *inputs), torch.float32)
 
