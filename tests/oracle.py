@@ -5,6 +5,7 @@ element. Gradients of parameters are sums over many elements, some of which canc
 the norm of the difference against the norm of the expected gradient.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -43,13 +44,16 @@ BY_NAME: dict[str, nn.Module] = {
     "softsign": nn.Softsign(),
 }
 
+#: Kinds that normalize trailing dims.
+ROWS = ("layer", "rms")
+
 #: Where some derivative jumps: rounding z across one of these is no error, so no gradient is sent in near them.
 _KINKS = (-3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
 
 
 @dataclass
 class Arguments:
-    """One call of ``batch_norm`` or ``instance_norm``. ``activation`` may be a PReLU."""
+    """One call of a norm: of torch's functions, or "channels" for LayerNorm2d. ``activation`` may be a PReLU."""
 
     kind: str
     x: Tensor
@@ -64,6 +68,11 @@ class Arguments:
     activation: None | str | nn.Module = None
     padding: int | tuple[int, ...] = 0
     padding_mode: str = "reflect"
+    num_groups: int = 1
+    #: Of "layer" and "rms"; None for the last dim.
+    normalized_shape: tuple[int, ...] | None = None
+    unit_offset: bool = False
+    unbiased: bool = False
 
 
 @dataclass
@@ -85,26 +94,31 @@ def arguments(
     statistics: bool = False,
     parameter_dtype: torch.dtype | None = None,
     seed: int = 0,
+    form: str = "channel",
     **more,
 ) -> Arguments:
-    """Random arguments; ``affine`` is "both", "weight", "bias" or "none"."""
+    """Random arguments; ``affine`` is "both", "weight", "bias" or "none", ``form`` one number per "channel", "sample"
+    (and channel) or "element"."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(size, scale=1.0, offset=0.0, dtype=dtype):
         return (torch.randn(size, generator=generator) * scale + offset).to(dtype).to(device)
 
     parameter_dtype = parameter_dtype or dtype
-    channels = shape[1]
     made = Arguments(kind, normal(shape, 1.5, 0.5), **more)
+    if kind in ROWS:
+        made.normalized_shape = size = made.normalized_shape or shape[-1:]
+    else:
+        size = {"channel": shape[1:2], "sample": shape[:2], "element": shape}[form]
     if affine in ("both", "weight"):
-        made.weight = normal(channels, 0.5, 1.0, parameter_dtype)
-    if affine in ("both", "bias"):
-        made.bias = normal(channels, 0.5, 0.0, parameter_dtype)
+        made.weight = normal(size, 0.5, 1.0, parameter_dtype)
+    if affine in ("both", "bias") and kind != "rms":
+        made.bias = normal(size, 0.5, 0.0, parameter_dtype)
     if residual:
         made.residual = normal(shape)
     if statistics:
-        made.running_mean = normal(channels, 0.5, 0.0, parameter_dtype)
-        made.running_var = normal(channels, 0.2, 0.0, parameter_dtype).abs() + 0.5
+        made.running_mean = normal(shape[1], 0.5, 0.0, parameter_dtype)
+        made.running_var = normal(shape[1], 0.2, 0.0, parameter_dtype).abs() + 0.5
     return made
 
 
@@ -117,12 +131,12 @@ def expected(a: Arguments) -> tuple[Result, Tensor]:
     leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
     leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
 
-    norm = {"batch": F.batch_norm, "instance": F.instance_norm}[a.kind]
-    z = norm(x, mean, var, None, None, a.use_stats, a.momentum, a.eps)
+    z = _normalized(a, x, mean, var)
     if weight is not None:
-        z = z * broadcast(weight, x)
+        factor = weight if a.kind in ROWS else broadcast(weight, x)
+        z = z * (1 + factor if a.unit_offset else factor)
     if bias is not None:
-        z = z + broadcast(bias, x)
+        z = z + (bias if a.kind in ROWS else broadcast(bias, x))
     if residual is not None:
         z = z + residual
     if slope is not None:
@@ -139,6 +153,52 @@ def expected(a: Arguments) -> tuple[Result, Tensor]:
     return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var), dy
 
 
+def _normalized(a: Arguments, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
+    if a.kind in ("batch", "instance") and not a.unbiased:
+        norm = {"batch": F.batch_norm, "instance": F.instance_norm}[a.kind]
+        return norm(x, mean, var, None, None, a.use_stats, a.momentum, a.eps)
+    if a.kind in ROWS:
+        rows, dims = x, list(range(-len(a.normalized_shape), 0))
+    elif a.kind == "channels":
+        rows, dims = x, [1]
+    else:
+        groups = a.num_groups if a.kind == "group" else x.shape[1]
+        rows, dims = x.reshape(x.shape[0], groups, -1), [2]
+    if a.kind != "rms":
+        rows = rows - rows.mean(dims, keepdim=True)
+    count = math.prod(rows.shape[d] for d in dims)
+    variance = rows.square().sum(dims, keepdim=True) / (count - a.unbiased)
+    return (rows / (variance + a.eps).sqrt()).reshape(x.shape)
+
+
+def call(
+    a: Arguments,
+    x: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    **fused,
+) -> Tensor:
+    """triton_norm's function of this kind, with these tensors and everything else from ``a``."""
+    functional = triton_norm.functional
+    fused.setdefault("activation", a.activation)
+    if a.kind in ROWS:
+        if a.kind == "rms":
+            return functional.rms_norm(x, a.normalized_shape, weight, a.eps, **fused)
+        return functional.layer_norm(x, a.normalized_shape, weight, bias, a.eps, **fused)
+    fused = {"padding": a.padding, "padding_mode": a.padding_mode, **fused}
+    if a.kind == "channels":
+        return functional._channel_norm(x, x.shape[1:2], weight, bias, a.eps, **fused)
+    fused["unit_offset"] = a.unit_offset
+    if a.kind == "group":
+        return functional.group_norm(x, a.num_groups, weight, bias, a.eps, **fused)
+    if a.unbiased:
+        fused["unbiased"] = True
+    function = {"batch": functional.batch_norm, "instance": functional.instance_norm}[a.kind]
+    return function(x, mean, var, weight, bias, a.use_stats, a.momentum, a.eps, **fused)
+
+
 def actual(a: Arguments, dy: Tensor) -> Result:
     """What triton_norm makes of it, on copies of the running statistics."""
     x, weight, bias, residual = (
@@ -148,11 +208,7 @@ def actual(a: Arguments, dy: Tensor) -> Result:
     leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
     leaves = {name: t for name, t in leaves.items() if t is not None}
     mean, var = (None if s is None else s.clone() for s in (a.running_mean, a.running_var))
-    function = {"batch": triton_norm.functional.batch_norm, "instance": triton_norm.functional.instance_norm}[a.kind]
-    y = function(
-        x, mean, var, weight, bias, a.use_stats, a.momentum, a.eps,
-        residual=residual, activation=a.activation, padding=a.padding, padding_mode=a.padding_mode,
-    )  # fmt: skip
+    y = call(a, x, mean, var, weight, bias, residual=residual)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.device))
     return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var)
 

@@ -43,7 +43,8 @@ def _length(name, n):
 def _both(change, *names):
     def apply(a):
         for name in names:
-            setattr(a, name, change(getattr(a, name)))
+            if getattr(a, name) is not None:
+                setattr(a, name, change(getattr(a, name)))
 
     return apply
 
@@ -115,6 +116,68 @@ def test_what_torch_refuses(backend, kind, case, mode):
         return a
 
     assert fails(OURS[kind], make()) == fails(TORCH[kind], make())
+
+
+#: The same for the norms of groups and of trailing dims, whose functions take these arguments.
+FAMILY = {
+    "group": (functional.group_norm, F.group_norm, ("x", "num_groups", "weight", "bias", "eps")),
+    "layer": (functional.layer_norm, F.layer_norm, ("x", "normalized_shape", "weight", "bias", "eps")),
+    "rms": (functional.rms_norm, F.rms_norm, ("x", "normalized_shape", "weight", "eps")),
+}
+FAMILY_REFUSED = {
+    **{case: REFUSED[case] for case in (
+        "weight length", "weight of one", "bias length", "meta parameters", "int64 input", "bool input",
+        "float64 input", "float8 input", "half parameters", "float64 parameters", "int parameters",
+        "half weight only", "parameter list", "input list", "no dims", "wrong channels", "eps str",
+    )},
+    "eps None": _set(eps=None),
+    "groups": _set(num_groups=4, normalized_shape=(4,)),
+    "no groups": _set(num_groups=0, normalized_shape=()),
+    "negative groups": _set(num_groups=-3, normalized_shape=(-1,)),
+    "float groups": _set(num_groups=3.0, normalized_shape=(6.0,)),
+    "bool groups": _set(num_groups=True, normalized_shape=6),
+    "groups None": _set(num_groups=None, normalized_shape=None),
+    "more dims": _set(num_groups="3", normalized_shape=(1, 4, 3, 5, 6)),
+    "vector": _shape(3),
+    "one value per group": _shape(1, 3, 1, 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAMILY_REFUSED)
+@pytest.mark.parametrize("kind", FAMILY)
+def test_what_torch_refuses_of_the_family(backend, kind, case):
+    """What torch accepts of these, for rms_norm takes parameters of any dtype, is accepted."""
+    *functions, names = FAMILY[kind]
+    outcomes = []
+    for function in functions:
+        a = arguments(kind, SHAPE, device=backend.device, num_groups=3)
+        FAMILY_REFUSED[case](a)
+        try:
+            outcomes.append(function(*(getattr(a, name) for name in names)))
+        except Exception as error:
+            outcomes.append((type(error), str(error)))
+    if isinstance(outcomes[1], torch.Tensor):
+        torch.testing.assert_close(outcomes[0], outcomes[1])
+    else:
+        assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_fused_parts_of_the_family(backend, kind):
+    function, _, names = FAMILY[kind]
+    a = arguments(kind, SHAPE, device=backend.device, num_groups=3)
+    given = [getattr(a, name) for name in names]
+    for change, parts in RESIDUALS.values():
+        with pytest.raises(ValueError, match="residual must be like the input") as raised:
+            function(*given, residual=change(a.x))
+        assert parts[1] in str(raised.value)
+    with pytest.raises(ValueError, match="unsupported activation 'rellu'"):
+        function(*given, activation="rellu")
+    with pytest.raises(RuntimeError) as theirs:
+        F.prelu(a.x, torch.ones(5, device=backend.device))
+    with pytest.raises(RuntimeError) as ours:
+        function(*given, activation=nn.PReLU(5, device=backend.device))
+    assert str(ours.value) == str(theirs.value)
 
 
 #: (kind, training, what is wrong, a part of torch's message)

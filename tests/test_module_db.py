@@ -10,7 +10,8 @@ from torch import nn
 
 import triton_norm as tn
 
-NAMES = [f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)]
+FAMILY = ["GroupNorm", "LayerNorm", "RMSNorm"]
+NAMES = [f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)] + FAMILY
 MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
@@ -64,7 +65,8 @@ def test_forward_and_backward(backend, module_db, name, training):
 @pytest.mark.parametrize("name", NAMES)
 def test_first_and_second_derivatives(backend, module_db, name, training):
     """On one case with parameters: every case's gradients are compared with torch's above."""
-    ours, x = next((m, x) for m, _, x, _ in samples(module_db, name, backend, training, torch.float64) if m.affine)
+    cases = samples(module_db, name, backend, training, torch.float64)
+    ours, x = next((m, x) for m, _, x, _ in cases if list(m.parameters()))
     inputs = (x, *ours.parameters())
 
     def call(x, *_):
@@ -116,9 +118,8 @@ INSTANCE_ERRORS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_errors_of_batch_norm(backend, module_db, n):
-    name = f"BatchNorm{n}d"
+@pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm"])
+def test_errors_of_the_database(backend, module_db, name):
     info = module_db[name]
     cases = info.module_error_inputs_func(
         info, device=backend.device, dtype=torch.float32, requires_grad=False, training=True
@@ -126,6 +127,10 @@ def test_errors_of_batch_norm(backend, module_db, n):
     assert len(cases) >= 2
     for case in cases:
         made, forward = case.module_error_input.constructor_input, case.module_error_input.forward_input
+        if case.error_on.name == "CONSTRUCTION_ERROR":
+            with pytest.raises(case.error_type, match=case.error_regex):
+                getattr(tn, name)(*made.args, **made.kwargs)
+            continue
         module = getattr(tn, name)(*made.args, **made.kwargs, device=backend.device)
         before = copy.deepcopy(module.state_dict())
         with pytest.raises(case.error_type, match=case.error_regex):

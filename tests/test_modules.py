@@ -355,6 +355,7 @@ def test_compile(backend, make, mode):
 
 
 def test_public_names():
-    extra = {"ConvNormAct", "autotune", "functional", "fuse", "fuse_report", "models"}
-    assert set(NAMES) | extra == set(tn.__all__)
+    family = {"AdaIN2d", "ConditionalBatchNorm2d", "GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm", "SPADE2d"}
+    extra = {"ConvNormAct", "SyncBatchNorm", "autotune", "functional", "fuse", "fuse_report", "models"}
+    assert set(NAMES) | family | extra == set(tn.__all__)
     assert isinstance(tn.__version__, str) and tn.__version__

@@ -8,6 +8,16 @@ from torch import nn
 from triton_norm import reference
 
 KINDS = ("batch", "instance")
+#: What ``arguments`` and the reference take for every kind, and for affines wider than one number per channel.
+FAMILY = {
+    "group": ({"num_groups": 2}, {"width": 2}),
+    "layer": ({"normalized_shape": (4, 5)}, {"width": 20}),
+    "rms": ({}, {"width": 5}),
+    "channels": ({}, {}),
+    "batch element": ({"form": "element", "unit_offset": True}, {"unit_offset": True}),
+    "instance sample": ({"form": "sample", "unbiased": True}, {"correction": 1}),
+    "group element": ({"form": "element", "num_groups": 2, "unit_offset": True}, {"width": 2, "unit_offset": True}),
+}
 
 
 @pytest.mark.parametrize("use_stats", [True, False])
@@ -32,6 +42,30 @@ def test_formula(kind, dtype, use_stats):
     assert torch.equal(a.running_mean, statistics[0]) and torch.equal(a.running_var, statistics[1])
 
 
+@pytest.mark.parametrize("function", ["formula", "normalize"])
+@pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
+@pytest.mark.parametrize("case", FAMILY)
+def test_family(case, affine, function):
+    options, own = FAMILY[case]
+    kind = case.split()[0]
+    a = arguments(kind, (2, 4, 4, 5), residual=True, activation="silu", affine=affine, **options)
+    if a.weight is None:
+        a.unit_offset, own = False, {**own, "unit_offset": False}
+    want, dy = expected(a)
+    leaves = {"x": a.x, "weight": a.weight, "bias": a.bias, "residual": a.residual}
+    leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
+    constants = (kind, True, a.eps) if function == "formula" else (kind, True, 0.1, a.eps)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        y = getattr(reference, function)(
+            a.x, a.weight, a.bias, a.residual, None, None, *constants, BY_NAME["silu"], **own
+        )
+        assert_close(y, want.y, torch.float32)
+        gradients = torch.autograd.grad(y, list(leaves.values()), dy.contiguous(memory_format=memory_format))
+        for name, gradient in zip(leaves, gradients, strict=True):
+            compare = assert_close if name in ("x", "residual") else assert_close_as_vectors
+            compare(gradient, want.gradients[name], torch.float32, name)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_formula_differentiates_twice(kind, activation):
@@ -42,6 +76,21 @@ def test_formula_differentiates_twice(kind, activation):
         function = BY_NAME[activation] if activation else nn.Identity()
         return reference.formula(x, weight, bias, residual, None, None, kind, True, 1e-5, function)
 
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
+
+
+@pytest.mark.parametrize("case", FAMILY)
+def test_formula_of_the_family_differentiates_twice(case):
+    options, own = FAMILY[case]
+    kind = case.split()[0]
+    a = arguments(kind, (2, 4, 4, 5), torch.float64, residual=True, **options)
+    tensors = (a.x, a.weight, a.residual) if a.bias is None else (a.x, a.weight, a.residual, a.bias)
+
+    def call(x, weight, residual, bias=None):
+        return reference.formula(x, weight, bias, residual, None, None, kind, True, 1e-5, BY_NAME["silu"], **own)
+
+    inputs = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True)
 

@@ -5,7 +5,22 @@ from importlib.metadata import PackageNotFoundError, version
 from . import autotune, functional, models
 from .blocks import ConvNormAct
 from .fuse import fuse, fuse_report
-from .modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from .modules import (
+    AdaIN2d,
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    ConditionalBatchNorm2d,
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+    LayerNorm,
+    LayerNorm2d,
+    RMSNorm,
+    SPADE2d,
+    SyncBatchNorm,
+)
 
 try:
     __version__ = version("triton_norm")
@@ -13,13 +28,21 @@ except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
 __all__ = [
+    "AdaIN2d",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "ConditionalBatchNorm2d",
     "ConvNormAct",
+    "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "LayerNorm",
+    "LayerNorm2d",
+    "RMSNorm",
+    "SPADE2d",
+    "SyncBatchNorm",
     "autotune",
     "functional",
     "fuse",
