@@ -356,7 +356,7 @@ def _forward(
     affine = _affine(kind, x, x if pad else y, weight, bias)
     walked, per_channel = _views(kind, affine, pad is not None, mean is not None)
     if per_channel:
-        dense, at = prepare(kind, x, x, False, False, "none")
+        dense, at = prepare(kind, x, x if pad else y, False, False, "none")
         norm = _norm(at, unit_offset, kind, correction, False)
         _statistics(dense, at, norm, statistics, running_mean, running_var, momenta, eps, store_variance, True)
         running_mean = running_var = None
