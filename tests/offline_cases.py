@@ -6,6 +6,7 @@ A separate process, because kernels that were made for the interpreter cannot be
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -15,40 +16,80 @@ from triton_norm import launch
 #: Planes of GANs and ResNets, (N, C, H, W); all aligned. Between them they meet every regime and limit of plan.py.
 SHAPES = [(1, 64, 128, 128), (4, 64, 64, 64), (4, 256, 32, 32), (32, 256, 56, 56), (1, 64, 256, 256), (16, 512, 8, 8)]
 PADDED = [(1, 64, 64, 64), (1, 128, 128, 128), (1, 64, 256, 256)]
+#: Of group norms, with the channels in a group.
+GROUPS = [((4, 64, 32, 32), 2), ((2, 320, 64, 64), 10), ((8, 1280, 16, 16), 40), ((2, 128, 128, 128), 4)]
+#: Rows of layer and RMS norms.
+ROWS = [(8192, 96), (4096, 768), (2048, 4096), (1024, 8192), (64, 65536)]
+POSITIONS = [(8, 96, 56, 56), (4, 768, 8, 8)]
+#: With a weight and a bias per element, or per sample and channel.
+WIDE = [(1, 64, 128, 128), (2, 256, 32, 32), (4, 64, 64, 64)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def compile_case(
-    target: str, shape: tuple, layout: str, kind: str, dtype: torch.dtype, residual: bool, padding: int = 0
-) -> list[dict]:
-    x = torch.empty(shape, dtype=dtype, device="meta").contiguous(memory_format=LAYOUTS[layout])
-    parameter = torch.empty(shape[1], device="meta")
-    running = parameter if kind == "batch" else None
+    target: str, kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
+    width: int = 0, affine: str = "channel", activation: str = "relu",
+) -> list[dict]:  # fmt: skip
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    if len(shape) == 4:
+        x = x.contiguous(memory_format=LAYOUTS[layout])
+    if affine == "element":
+        weight = x
+    else:
+        weight = torch.empty({"sample": shape[:2], "column": (width,)}.get(affine, shape[1:2]), device="meta")
+    bias = None if kind == "rms" else weight
+    running = weight if kind == "batch" and affine == "channel" else None
     extra = x if residual else None
     sides = [padding] * 4 if padding else []
+    keep_bits = residual and activation == "relu"
     with compiling(target) as reports:
         y, statistics, bits, _ = launch.forward(
-            x, parameter, parameter, extra, None, running, running, None, None,
-            kind, 0, 0.1, 1e-5, 0, False, "relu", [], residual, sides, "reflect", False,
+            x, weight, bias, extra, None, running, running, None, None,
+            kind, width, 0.1, 1e-5, 0, False, activation, [], keep_bits, sides, "reflect", False,
         )  # fmt: skip
         launch.backward(
-            y, None, x, parameter, parameter, None, None, None, None, statistics, bits if residual else None,
-            kind, 0, 1e-5, 0, False, "relu", [], sides, "reflect", [True, True, True, residual, False],
+            y, None, x, weight, bias, None if keep_bits else extra, None, None, None,
+            statistics, bits if keep_bits else None, kind, width, 1e-5, 0, False, activation, [], sides, "reflect",
+            [True, True, bias is not None, residual, False],
         )  # fmt: skip
-    case = {"shape": shape, "layout": layout, "kind": kind, "dtype": str(dtype)}
-    case |= {"residual": residual, "padding": padding}
+    case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}
+    case |= {"affine": affine, "residual": residual, "padding": padding}
     kept = ("kernel", "warps", "registers", "spills", "loads", "stores")
-    return [{**case, **{field: getattr(report, field) for field in kept}} for report in reports]
+    return [
+        {**case, **{field: getattr(report, field) for field in kept}, "rows": report.arguments.get("R")}
+        for report in reports
+    ]
+
+
+def cases() -> Iterator[tuple]:
+    """Arguments of ``compile_case``, in half precision; float32 and the residual on every other one."""
+
+    def both(index: int) -> Iterator[tuple]:
+        return iter([(torch.float16, index % 2 == 0), (torch.float32, index % 2 == 1)])
+
+    for index, (shape, layout, kind) in enumerate(itertools.product(SHAPES, LAYOUTS, ("instance", "batch"))):
+        for dtype, residual in both(index):
+            yield kind, shape, layout, dtype, residual
+    for index, (shape, layout, kind) in enumerate(itertools.product(PADDED, LAYOUTS, ("instance", "batch"))):
+        yield kind, shape, layout, torch.float16, index % 2 == 1, 1 + index % 3
+    for index, ((shape, width), layout) in enumerate(itertools.product(GROUPS, LAYOUTS)):
+        for dtype, residual in both(index // 2):
+            yield "group", shape, layout, dtype, residual, 0, width, "channel", "silu"
+    yield "group", GROUPS[0][0], "NCHW", torch.float16, True, 1, GROUPS[0][1]
+    for index, shape in enumerate(ROWS):
+        for dtype, residual in both(index):
+            kind, activation = (("layer", "relu"), ("rms", "silu"), ("layer", "silu"))[index % 3]
+            yield kind, shape, "", dtype, residual, 0, shape[1], "column", activation
+    for index, (shape, layout) in enumerate(itertools.product(POSITIONS, LAYOUTS)):
+        for dtype, residual in both(index // 2):
+            yield "channels", shape, layout, dtype, residual
+    for index, (shape, layout) in enumerate(itertools.product(WIDE, LAYOUTS)):
+        for dtype, residual in both(index // 2):
+            yield ("batch", "instance")[index // 2 % 2], shape, layout, dtype, residual, 0, 0, "element"
+        yield "batch", shape, layout, torch.float16, index % 4 == 0, 0, 0, "sample"
 
 
 if __name__ == "__main__":
-    target = sys.argv[1]
-    cases = itertools.product(SHAPES, LAYOUTS, ("instance", "batch"))
-    for index, (shape, layout, kind) in enumerate(cases):
-        # Every case in half precision; float32 and the residual on every other one.
-        for dtype, residual in ((torch.float16, index % 2 == 0), (torch.float32, index % 2 == 1)):
-            for row in compile_case(target, shape, layout, kind, dtype, residual):
-                print(json.dumps(row))
-    for index, (shape, layout, kind) in enumerate(itertools.product(PADDED, LAYOUTS, ("instance", "batch"))):
-        for row in compile_case(target, shape, layout, kind, torch.float16, index % 2 == 1, padding=1 + index % 3):
+    for case in cases():
+        for row in compile_case(sys.argv[1], *case):
             print(json.dumps(row))

@@ -10,7 +10,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Kernels that read and write tiles of tensors; the others only see a few numbers per row.
-TILED = {"persistent_forward", "partial_statistics", "normalize", "persistent_backward", "gradient"}
+TILED = {
+    "persistent_forward", "partial_statistics", "normalize", "persistent_backward", "gradient", "column_gradients"
+}  # fmt: skip
 WRITES_TILES = {"persistent_forward", "normalize", "persistent_backward"}
 
 
@@ -38,10 +40,15 @@ def _full_width(row: dict) -> bool:
 
 
 def _too_long_to_be_wide(row: dict) -> bool:
-    """A whole channels_last row in registers leaves room for one or two channels a program, so accesses are narrow.
+    """Whole channels_last rows in registers leave room for a few channels a program, so accesses are narrow.
 
-    The heuristic does that only for small tensors, where two more launches would cost more.
+    The heuristic does that only for small tensors, where two more launches would cost more. So are accesses to
+    channels_last groups whose size is no power of two.
     """
-    samples, _, height, width = row["shape"]
-    columns = height * width * (samples if row["kind"] == "batch" else 1)
-    return row["layout"] == "channels_last" and row["kernel"].startswith("persistent") and columns > 2048
+    if row["layout"] != "channels_last" or not row["kernel"].startswith("persistent"):
+        return False
+    samples, channels, height, width = row["shape"]
+    columns = {"batch": samples * height * width, "channels": channels}.get(row["kind"], height * width)
+    uneven = row["kind"] == "group" and row["width"] & (row["width"] - 1)
+    full = row["rows"] * columns >= 4096
+    return uneven or (full and row["rows"] * row["itemsize"] < 16)

@@ -11,12 +11,17 @@ from triton_norm.plan import Device
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
-def measure(module, shape, layout, residual=False):
-    """(bytes per element, launches) forward and backward of a half-precision training step."""
+def measure(module, shape, layout="NCHW", residual=False, also=()):
+    """(bytes per element, launches) forward and backward of a half-precision training step.
+
+    ``also`` are the shapes of further arguments, such as a scale and a shift.
+    """
     x = torch.randn(shape).half().contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    more = [torch.randn(other).half() for other in also]
+    more = [t.contiguous(memory_format=LAYOUTS[layout]) if t.dim() == 4 else t for t in more]
     r = torch.randn_like(x).requires_grad_() if residual else None
     with counting() as forward:
-        y = module(x, residual=r)
+        y = module(x, *(t.requires_grad_() for t in more), residual=r)
     dy = torch.randn_like(y)
     with counting() as backward:
         y.backward(dy)
@@ -72,6 +77,78 @@ def test_batch_norm_as_a_large_gpu_splits_it(layout, monkeypatch):
         launch._prepare.cache_clear()
     assert forward <= 8.45 and launches <= 3
     assert backward <= 12.7 and backward_launches <= 3
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_group_norm(layout):
+    module = tn.GroupNorm(32, 64, activation="silu")
+    (forward, launches), (backward, backward_launches) = measure(module, (2, 64, 32, 32), layout)
+    assert forward <= 4.2 and launches == 1
+    assert backward <= 6.4 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("rows", [32, 64])
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float16])
+@pytest.mark.parametrize("norm", [tn.LayerNorm, tn.RMSNorm])
+def test_rows(norm, parameters, rows):
+    """The affine is read, and its gradients are written, once for many rows and not once for each."""
+    (forward, launches), (backward, backward_launches) = measure(norm(4096).to(parameters), (rows, 4096))
+    assert forward <= 4 + 8.1 / rows * parameters.itemsize / 4 + 0.01 and launches == 1
+    # A single program writes the gradients themselves, and no parts that would have to be summed.
+    assert backward <= 6 + 16.1 / rows * parameters.itemsize / 4 + 0.01 and backward_launches == 1
+    if rows == 64:
+        assert forward <= 4.2 and backward <= 6.4
+
+
+def test_rows_as_a_large_gpu_walks_them(monkeypatch):
+    monkeypatch.setattr(launch, "_device", lambda index: Device(multiprocessors=4))
+    launch._prepare.cache_clear()
+    try:
+        (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm(1024), (1024, 1024))
+    finally:
+        launch._prepare.cache_clear()
+    assert forward <= 4.2 and launches == 1
+    assert backward <= 6.4 and backward_launches == 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layer_norm_over_channels(layout):
+    (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm2d(128), (2, 128, 16, 32), layout)
+    assert forward <= 4.2 and launches == 1
+    assert backward <= 6.4 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm, shape", [("instance", (2, 8, 64, 64)), ("batch", (2, 8, 32, 32))])
+def test_spade(norm, shape, layout):
+    """x, gamma and beta are read once and y is written once; backward x, dy, gamma and beta, and three gradients."""
+    module = tn.SPADE2d(8, norm, activation="relu")
+    (forward, launches), (backward, _) = measure(module, shape, layout, also=(shape, shape))
+    assert forward <= 8.4 and launches <= 2
+    assert backward <= 14.2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adaptive_instance_norm(layout):
+    """As plain instance norm."""
+    module = tn.AdaIN2d(8, activation="relu")
+    (forward, launches), (backward, backward_launches) = measure(module, (2, 8, 64, 64), layout, also=((2, 8), (2, 8)))
+    assert forward <= 4.2 and launches == 1
+    assert backward <= 6.3 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_conditional_batch_norm(layout):
+    """As plain batch norm that is split, with a launch to weigh the planes' sums."""
+    module = tn.ConditionalBatchNorm2d(8, 3, activation="relu")
+    x = torch.randn(4, 8, 64, 64).half().contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    with counting() as forward:
+        y = module(x, torch.tensor([0, 1, 2, 1]))
+    dy = torch.randn_like(y)
+    with counting() as backward:
+        y.backward(dy)
+    assert forward.bytes / x.numel() <= 6.3 and len(forward.launches) == 3
+    assert backward.bytes / x.numel() <= 10.5 and len(backward.launches) <= 4
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -45,7 +45,7 @@ class Work:
 
     def heuristic(self) -> Plan:
         return planning.choose(
-            self.geometry, self.itemsize, self.backward, self.reduce, self.extra, self.affine, self.device
+            self.geometry, self.itemsize, self.backward, self.reduce, self.extra, self.device, self.affine
         )
 
     @property
@@ -83,7 +83,7 @@ class Work:
         if plan.block_s < min(power_of_2(g.S), 8):
             return False
         if plan.regime == "persistent":
-            one = plan.splits == 1 and (plan.steps == 1 or self._sums_columns)
+            one = plan.splits == 1 and (plan.steps == 1 or self.affine == "column")
             whole = plan.block_k >= g.K and plan.block_s >= g.S and plan.rows % plan.span(g) == 0
             return self.reduce and one and whole
         tiles = cdiv(g.K, plan.block_k) * cdiv(g.S, plan.block_s)
@@ -128,9 +128,10 @@ def cost(work: Work, plan: Plan) -> float:
     tensor = g.rows * g.columns * work.itemsize
     launches, again = 1, 0.0
     row_blocks = plan.row_blocks(g)
+    if plan.regime == "persistent":
+        row_blocks = cdiv(row_blocks, plan.steps)
     if work._sums_columns and plan.regime == "persistent":
         launches = 2
-        row_blocks = cdiv(row_blocks, plan.steps)
         # Two float32 numbers per column and program, written and read.
         again = 16 * row_blocks / (g.rows * work.itemsize) * FROM_L2
     if plan.regime == "split" and work.reduce:
@@ -222,10 +223,10 @@ def _persistent(work: Work, chosen: Plan) -> Iterator[Plan]:
     for rows in _powers(span, min(power_of_2(g.G // g.group) * span, limit // columns)):
         for warps in _warps(rows * columns, work.device, (8, 16, 32, 64)):
             plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps)
-            if not work._sums_columns:
+            if work.affine != "column":
                 yield plan
                 continue
-            for programs in {work.device.multiprocessors * n for n in (1, 2, 4)}:
+            for programs in {work.device.multiprocessors * n for n in (1, 2, 4, 8)}:
                 yield replace(plan, steps=cdiv(plan.row_blocks(g), programs))
     if chosen.fold > 1:
         for warps in _warps(columns, work.device, (32, 64)):

@@ -37,6 +37,8 @@ class Launch(NamedTuple):
     geometry: Geometry
     plan: Plan
     row_blocks: int
+    #: Programs of the persistent regime.
+    programs: int
     #: G, K, S, rows, channels
     sizes: tuple[int, ...]
     #: tiles, steps, splits
@@ -59,7 +61,7 @@ class Launch(NamedTuple):
 def _device(index: int | None) -> Device:
     if index is None:
         # The interpreter runs programs one after another, so the fewer the better.
-        return Device(multiprocessors=1) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
+        return Device(multiprocessors=1, threads=1) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
     properties = torch.cuda.get_device_properties(index)
     return Device(
         properties.multi_processor_count,
@@ -115,6 +117,7 @@ def _layout(problem: Problem, plan: Plan, untuned: bool = False) -> Launch:
         geometry,
         plan,
         plan.row_blocks(geometry),
+        cdiv(plan.row_blocks(geometry), plan.steps),
         (geometry.G, geometry.K, geometry.S, geometry.rows, geometry.channels),
         (cdiv(geometry.K, plan.block_k) * cdiv(geometry.S, plan.block_s), plan.steps, plan.splits),
         (*geometry.x, *geometry.y, geometry.H, geometry.y_d),
@@ -369,10 +372,10 @@ def _forward(
     functions = (row.value, row.derivative, *numbers, off)
     if plan.regime == "persistent":
         _run(
-            x, forward_kernels.persistent_forward, (at.row_blocks,),
+            x, forward_kernels.persistent_forward, (at.programs,),
             x, y, residual, bits, plain, statistics, affine.weight, affine.bias, slope, running_mean, running_var,
-            *momenta, *at.sizes, affine.per_sample, *at.strides, eps, store_variance, *functions, *at.tile, norm, pad,
-            *at.acc, num_warps=plan.warps,
+            *momenta, *at.sizes, affine.per_sample, at.row_blocks, plan.steps, *at.strides, eps, store_variance,
+            *functions, *at.tile, norm, pad, *at.acc, num_warps=plan.warps,
         )  # fmt: skip
         return
     partials = None
@@ -408,9 +411,8 @@ def _statistics(x, at, norm, statistics, running_mean, running_var, momenta, eps
     if not finalize:
         return partials
     group = at.geometry.group
-    results = power_of_2(plan.splits * group)
-    block = min(results, 1024)
-    sets = min(8, 2048 // block)
+    block = min(power_of_2(plan.splits * group), 512)
+    sets = min(8, 1024 // block)
     _run(
         x, statistics_kernels.finalize_statistics, (cdiv(rows // group, sets),),
         partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,
@@ -495,29 +497,31 @@ def _backward(
     plan, rows, channels = at.plan, at.geometry.rows, at.geometry.channels
     numbers, levels = _numbers(activation, parameters)
     functions = (ACTIVATIONS[activation].derivative, *numbers, *levels)
+    # Gradients of weight and bias come from the kernels whole, one per element, or as sums: of the columns of rows that
+    # a program walked, or of rows.
     by_element = (dweight, dbias) if affine.form == "element" else (None, None)
-    # Gradients that are sums over rows, or over the columns of a row.
-    summed = (None, None, dslope) if affine.form == "element" else (dweight, dbias, dslope)
-    asked = any(d is not None for d in summed)
+    by_column = (dweight, dbias) if affine.form == "column" else (None, None)
+    by_row = (dweight, dbias, dslope) if affine.form == "row" else (None, None, dslope)
+    summed = any(d is not None for d in by_row)
     planes = 2 if slope is None else 3
 
     def empty(n: int) -> Tensor:
         return torch.empty(n, dtype=at.dtype, device=x.device)
 
     if plan.regime == "persistent":
-        programs = cdiv(at.row_blocks, plan.steps)
-        columns = affine.form == "column"
-        sums = empty(planes * (programs * at.geometry.columns if columns else rows)) if asked else None
+        sums = empty(planes * rows) if summed else None
+        columns, parts = _shares(x, by_column, at.programs, at)
         _run(
-            x, backward_kernels.persistent_backward, (programs,),
-            x, dy, dplain, dx, dresidual, *by_element, residual, bits, statistics, sums,
-            affine.weight, affine.bias, slope, *at.sizes, affine.per_sample, at.row_blocks, plan.steps, *at.strides,
-            *functions, *at.tile, norm, pad, *at.acc, plan.fold > 1, num_warps=plan.warps,
+            x, backward_kernels.persistent_backward, (at.programs,),
+            x, dy, dplain, dx, dresidual, *(columns if affine.form == "column" else by_element), residual, bits,
+            statistics, sums, affine.weight, affine.bias, slope, *at.sizes, affine.per_sample,
+            at.row_blocks, plan.steps, *at.strides, *functions, *at.tile, norm, pad, *at.acc, plan.fold > 1,
+            num_warps=plan.warps,
         )  # fmt: skip
-        if asked and columns:
-            _column_sums(x, sums, None, summed, programs, at.geometry.columns, at.acc[0])
-        elif asked:
-            _parameter_gradients(x, sums, summed, 1, rows, channels, affine, at)
+        if parts is not None:
+            _column_sums(x, parts, None, (*by_column, None), at.programs, at.geometry.columns, at.acc[0])
+        if summed:
+            _parameter_gradients(x, sums, by_row, 1, affine, at)
         return
 
     def run(dx, dresidual, by_element, earlier, partials, splits):
@@ -529,48 +533,56 @@ def _backward(
         )  # fmt: skip
 
     splits = plan.splits
-    columns = affine.form == "column" and asked
-    sums = empty(planes * splits * rows) if not given or (asked and not columns) else None
+    sums = empty(planes * splits * rows) if summed or not given else None
     if given:
         run(dx, dresidual, by_element, None, sums, splits)
     else:
         run(None, None, (None, None), None, sums, splits)
-        earlier, settled = sums, False
+        earlier = sums
         if per_channel and affine.per_sample is None:
             # One sum for each channel. Those are the parameters' gradients already.
-            earlier, settled = empty(planes * channels), True
-            _column_sums(x, sums, earlier, summed, splits * rows // channels, channels, at.acc[0], planes)
+            earlier, summed = empty(planes * channels), False
+            _column_sums(x, sums, earlier, by_row, splits * rows // channels, channels, at.acc[0], planes)
         elif per_channel:
             earlier = _shared_sums(x, sums, at, norm, affine, channels, rows // channels, 1, channels)
         elif at.geometry.group > 1:
             group = at.geometry.group
             earlier = _shared_sums(x, sums, at, norm, affine, rows // group, group, group, 1)
         elif dx is not None and not plan.inline:
-            settled = rows == channels and affine.form == "row"
             earlier = empty(planes * rows)
-            outputs = summed if settled else (None, None, None)
+            settled = rows == channels and affine.form == "row"
+            outputs = by_row if settled else (None, None, None)
+            summed = summed and not settled
             _column_sums(x, sums, earlier, outputs, splits, rows, at.acc[0], planes)
         if any(d is not None for d in (dx, dresidual, *by_element)):
             run(dx, dresidual, by_element, earlier, None, splits if earlier is sums else 1)
-        if settled:
-            return
-    if columns:
-        _long_column_gradients(x, dy, residual, bits, statistics, affine, functions, norm, at, summed)
-    elif asked:
-        _parameter_gradients(x, sums, summed, splits, rows, channels, affine, at)
+    if summed:
+        _parameter_gradients(x, sums, by_row, splits, affine, at)
+    if any(d is not None for d in by_column):
+        _long_column_gradients(x, dy, by_column, residual, bits, statistics, affine, functions, norm, at)
 
 
-def _parameter_gradients(x, sums, summed, splits, rows, channels, affine, at) -> None:
+def _parameter_gradients(x, sums, outputs, splits, affine, at) -> None:
     """From (planes, splits, rows) sums of rows, gradients of (C,) or, of weight and bias, of (N, C) parameters."""
-    dweight, dbias, dslope = summed
+    dweight, dbias, dslope = outputs
+    rows, channels = at.geometry.rows, at.geometry.channels
     length = splits * rows // channels
     if affine.per_sample is None:
-        _column_sums(x, sums, None, summed, length, channels, at.acc[0])
+        _column_sums(x, sums, None, outputs, length, channels, at.acc[0])
         return
     if dweight is not None or dbias is not None:
         _column_sums(x, sums, None, (dweight, dbias, None), splits, rows, at.acc[0])
     if dslope is not None:
         _column_sums(x, sums[2 * splits * rows :], None, (dslope, None, None), length, channels, at.acc[0])
+
+
+def _shares(x, outputs, shares, at) -> tuple[tuple[Tensor | None, Tensor | None], Tensor | None]:
+    """Where ``shares`` programs write their parts of two gradients per column; and those parts, if yet to be summed."""
+    if shares == 1 or all(output is None for output in outputs):
+        return outputs, None
+    n = shares * at.geometry.columns
+    parts = torch.empty(2 * n, dtype=at.dtype, device=x.device)
+    return tuple(None if d is None else part for d, part in zip(outputs, (parts[:n], parts[n:]), strict=True)), parts
 
 
 def _column_sums(x, source, totals, outputs, length, width, acc, planes=0) -> None:
@@ -597,19 +609,21 @@ def _shared_sums(x, partials, at, norm, affine, sets, members, set_step, member_
     return totals
 
 
-def _long_column_gradients(x, dy, residual, bits, statistics, affine, functions, norm, at, summed) -> None:
-    tiles, columns = at.walk[0], at.geometry.columns
+def _long_column_gradients(x, dy, outputs, residual, bits, statistics, affine, functions, norm, at) -> None:
+    """Gradients per column of rows that are too long for one program: a pass of its own, along the columns."""
+    tiles = at.walk[0]
     # As many programs as the passes before had, each with as many rows as it takes.
-    steps = cdiv(at.row_blocks, min(at.row_blocks, max(at.row_blocks * at.plan.splits // tiles, 1)))
+    steps = cdiv(at.row_blocks, max(at.row_blocks * at.plan.splits // tiles, 1))
     shares = cdiv(at.row_blocks, steps)
-    sums = torch.empty(2 * shares * columns, dtype=at.dtype, device=x.device)
     G, K, S, rows, _ = at.sizes
+    columns, parts = _shares(x, outputs, shares, at)
     _run(
         x, backward_kernels.column_gradients, (tiles, shares),
-        x, dy, residual, bits, statistics, sums, affine.weight, affine.bias, G, K, S, rows, at.row_blocks, steps,
-        *at.strides[:8], *functions, *at.tile, norm, *at.acc, num_warps=at.plan.warps,
+        x, dy, *columns, residual, bits, statistics, affine.weight, affine.bias, G, K, S, rows,
+        at.row_blocks, steps, *at.strides[:8], *functions, *at.tile, norm, *at.acc, num_warps=at.plan.warps,
     )  # fmt: skip
-    _column_sums(x, sums, None, summed, shares, columns, at.acc[0])
+    if parts is not None:
+        _column_sums(x, parts, None, (*outputs, None), shares, at.geometry.columns, at.acc[0])
 
 
 def unpack_bits(

@@ -25,6 +25,8 @@ class Device:
     multiprocessors: int = 132
     warp_size: int = 32
     l2_bytes: int = 50 * 2**20
+    #: That a multiprocessor runs at a time.
+    threads: int = 2048
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Plan:
     A tile is ``rows`` rows of ``block_k * block_s`` columns. "persistent": one program holds whole rows in one tile.
     "split": ``splits`` programs share a row and walk ``steps`` tiles each. All block sizes are powers of two.
     A ``fold`` above 1 lays a row's S columns as (fold, S / fold). A persistent program takes ``steps`` blocks of rows,
-    more than one only where parameters per column are to be summed over them.
+    more than one only of norms with an affine per column, which then stays in registers.
     """
 
     regime: str
@@ -77,8 +79,8 @@ def cdiv(a: int, b: int) -> int:
 
 
 def choose(
-    geometry: Geometry, itemsize: int, backward: bool, reduce: bool, extra: str = "none", affine: str = "row",
-    device: Device = Device(),
+    geometry: Geometry, itemsize: int, backward: bool, reduce: bool, extra: str = "none",
+    device: Device = Device(), affine: str = "row",
 ) -> Plan:  # fmt: skip
     """The heuristic plan.
 
@@ -90,23 +92,28 @@ def choose(
     span = power_of_2(geometry.group)
     limit = register_limit(geometry, columns * span, itemsize, backward, extra, affine)
     if reduce and columns * span <= limit:
-        rows = _rows_per_program(geometry, columns, limit, itemsize, backward, affine, device)
+        rows = _rows_per_program(geometry, columns, limit, itemsize, device)
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns <= NARROW_ELEMENTS:
             elements = rows * columns
             scattered = geometry.transposed or not _vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
+            few |= backward and affine == "column" and elements > TILE
             threads = 256 if few else 512
-            warps = _warps(elements, _per_thread(geometry, backward, affine != "row"), threads, device)
+            per_thread = _per_thread(geometry, backward, affine != "row")
+            if affine == "column" and itemsize > 2 and extra != "none":
+                per_thread //= 2
+            warps = _warps(elements, per_thread, threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
             folds = geometry.transposed and backward and columns == FULL_TILE and geometry.K == 1
             fold = 4 if folds else 1
             block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
             plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
-            if backward and affine == "column":
-                # Sums of the parameters are written and read by every program, so no more of those than can run.
-                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), device.multiprocessors))
+            if affine == "column":
+                # No more programs than run at a time, at the registers that a thread of each direction takes.
+                resident = max(device.threads // (device.warp_size * warps) // (4 if backward else 2), 1)
+                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), resident * device.multiprocessors))
             return plan
     return _split(geometry, itemsize, backward, affine, device)
 
@@ -123,9 +130,14 @@ def register_limit(
 
     Read from compiled code: every value below was the largest that had no spill for sm_80, sm_90 and gfx942.
     """
-    if affine != "row":
-        free = FULL_TILE // (4 if backward and affine == "element" else 2)
-        return free * 4 // max(itemsize, 4)
+    if affine == "element":
+        return FULL_TILE // (4 if backward else 2) * 4 // max(itemsize, 4)
+    if affine == "column":
+        # The affine, and backward two sums per column, beside the tile itself.
+        if backward:
+            long = itemsize == 2 and extra != "residual" and columns > FULL_TILE // 4
+            return FULL_TILE // (2 if long else 4) * 4 // max(itemsize, 4)
+        return FULL_TILE // (1 if extra == "none" else 2) * 4 // max(itemsize, 4)
     if itemsize == 8:
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
@@ -144,18 +156,14 @@ def register_limit(
     return FULL_TILE if extra == "none" and geometry.K == 1 else FULL_TILE // 2
 
 
-def _rows_per_program(
-    geometry: Geometry, columns: int, limit: int, itemsize: int, backward: bool, affine: str, device: Device
-) -> int:
+def _rows_per_program(geometry: Geometry, columns: int, limit: int, itemsize: int, device: Device) -> int:
     """Enough rows for a full tile or, in channels_last, for full sectors; fewer where multiprocessors would idle."""
     span = power_of_2(geometry.group)
     most = max(min(power_of_2(geometry.G // geometry.group) * span, limit // columns), 1)
-    # One program a multiprocessor, where parameters are summed over rows, has to keep enough bytes under way by itself.
-    tile = limit if backward and affine == "column" else TILE
     if geometry.transposed:
-        least, wanted = 16 // itemsize, max(tile // columns, SECTOR // itemsize)
+        least, wanted = 16 // itemsize, max(TILE // columns, SECTOR // itemsize)
     else:
-        least, wanted = 1, tile // columns
+        least, wanted = 1, TILE // columns
     least = max(least, span)
     rows = max(min(max(wanted, span), most), 1)
     while rows > least and geometry.A * cdiv(geometry.G, rows) < 2 * device.multiprocessors:
@@ -177,8 +185,8 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
     if geometry.transposed:
         # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
         steps = max(steps, min(4, tiles))
-    scattered = geometry.transposed or affine == "element"
-    warps = _warps(rows * block_k * block_s, _per_thread(geometry, backward, scattered), 512, device)
+    per_thread = _per_thread(geometry, backward, geometry.transposed) // (1 if affine == "row" else 2)
+    warps = _warps(rows * block_k * block_s, per_thread, 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
 

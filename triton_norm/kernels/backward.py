@@ -22,6 +22,7 @@ from .tiles import (
     count,
     load_affine,
     load_bits,
+    load_columns,
     load_rows,
     load_statistics,
     load_weight,
@@ -45,13 +46,13 @@ def through_bits(
 
 @triton.jit
 def through_activation(
-    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live, k, s, K, S,
+    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """dz, and the integrand of the slope's gradient."""
     # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
     z = (values - mean) * (rstd * w)
-    z += load_affine(bias, at, live, k, s, K, S, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
+    z += load_affine(bias, at, live, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     if slope is not None:
@@ -107,11 +108,11 @@ def _whole_rows(
     values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
     mean, rstd = load_statistics(statistics, row, channel, live, rows, channels, NORM)
     at = affine_at(row, channel, channels, per_sample)
-    w = load_weight(weight, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
+    w = load_weight(weight, at, live, row_at, k_at, s_at, mask, NORM, ACC)
     ds = dz
     if bits is None:
         dz, ds = through_activation(
-            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live, k, s, K, S,
+            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
             DERIVATIVE, P0, P1, NORM, ACC,
         )  # fmt: skip
         if dresidual is not None:
@@ -169,27 +170,29 @@ def persistent_backward(
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,).
 
-    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, so that its share of
-    the parameters' gradients, which goes to sums (Q, programs, columns), is small against what it reads.
+    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks and writes its share
+    of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
     """
     AFFINE: tl.constexpr = NORM[0]
     if AFFINE == COLUMN:
-        first = tl.program_id(0) * steps
+        k, s = columns(0, S, BLOCK_K, BLOCK_S)
+        w = load_columns(weight, k, s, K, S, 1.0, ACC)
+        b = load_columns(bias, k, s, K, S, 0.0, ACC)
         sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+        first = tl.program_id(0) * steps
         for block in range(first, tl.minimum(first + steps, blocks)):
             dz, normalized = _whole_rows(
-                block,
-                x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+                block, x, dy, dplain, dx, dresidual, None, None, residual, bits, statistics, sums, w, b, slope,
                 G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
                 DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE, FOLDED,
             )  # fmt: skip
-            if sums is not None:
+            if dweight is not None:
                 sum_dzx += dz * normalized
-                if bias is not None:
-                    sum_dz += dz
-        if sums is not None:
-            _store_columns(sums, sum_dzx, sum_dz, bias, 0, tl.program_id(0), tl.num_programs(0), K, S, BLOCK_K, BLOCK_S)
+            if dbias is not None:
+                sum_dz += dz
+        _store_columns(dweight, sum_dzx, tl.program_id(0), k, s, K, S)
+        _store_columns(dbias, sum_dz, tl.program_id(0), k, s, K, S)
     else:
         _whole_rows(
             tl.program_id(0),
@@ -200,17 +203,11 @@ def persistent_backward(
 
 
 @triton.jit
-def _store_columns(
-    sums, sum_dzx, sum_dz, bias, tile, share, shares, K, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr
-):  # fmt: skip
-    """One program's share of the gradients of weight and bias, to (Q, shares, columns)."""
-    k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-    mask = (k < K) & (s < S)
-    width = tl.full((), 1, tl.int64) * K * S
-    at = share * width + k * S + s
-    tl.store(sums + at, tl.sum(sum_dzx, 0), mask=mask)
-    if bias is not None:
-        tl.store(sums + shares * width + at, tl.sum(sum_dz, 0), mask=mask)
+def _store_columns(target, total, share, k, s, K, S):
+    """A program's sums over its rows, to (shares, columns)."""
+    if target is not None:
+        at = tl.full((), 1, tl.int64) * share * K * S + k * S + s
+        tl.store(target + at, tl.sum(total, 0), mask=(k < K) & (s < S))
 
 
 @triton.jit
@@ -256,7 +253,7 @@ def gradient(
     channel = g % channels
     at = affine_at(row, channel, channels, per_sample)
     if AFFINE == ROW:
-        w = load_weight(weight, at, live, row, row, K, S, row, row, row, live, NORM, ACC)
+        weight_of_row = load_weight(weight, at, live, row, row, row, live, NORM, ACC)
     if mean is not None:
         center = load_rows(mean, channel, live, 0.0, ACC)
         rstd = tl.rsqrt(load_rows(variance, channel, live, 1.0, ACC) + eps)
@@ -296,15 +293,21 @@ def gradient(
             if dplain is not None:
                 dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
-        if AFFINE != ROW:
-            w = load_weight(weight, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
+        b = bias
+        if AFFINE == ROW:
+            w = weight_of_row
+        elif AFFINE == COLUMN:
+            w = load_columns(weight, k, s, K, S, 1.0, ACC)
+            b = load_columns(bias, k, s, K, S, 0.0, ACC)
+        else:
+            w = load_weight(weight, at, live, row_at, k_at, s_at, mask, NORM, ACC)
         ds = dz
         if bits is not None:
             dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
         else:
             dz, ds = through_activation(
-                dz, values, center, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
-                k, s, K, S, DERIVATIVE, P0, P1, NORM, ACC,
+                dz, values, center, rstd, w, residual, b, slope, row_at, k_at, s_at, mask, at, channel, live,
+                DERIVATIVE, P0, P1, NORM, ACC,
             )  # fmt: skip
         normalized = tl.where(mask, (values - center) * rstd, 0.0)
         if AFFINE == ELEMENT:
@@ -343,19 +346,21 @@ def gradient(
 
 @triton.jit
 def column_gradients(
-    x, dy, residual, bits, statistics, sums, weight, bias,
+    x, dy, dweight, dbias, residual, bits, statistics, weight, bias,
     G, K, S, rows, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of an affine per column where a row is too long for one program, to sums (Q, shares, columns).
+    """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
 
     Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows.
     """
     tile = tl.program_id(0)
     k, s = columns(tile, S, BLOCK_K, BLOCK_S)
+    w = load_columns(weight, k, s, K, S, 1.0, ACC)
+    b = load_columns(bias, k, s, K, S, 0.0, ACC)
     first = tl.program_id(1) * steps
     sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
     sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
@@ -371,15 +376,16 @@ def column_gradients(
         if bits is not None:
             dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
         else:
-            w = load_weight(weight, row, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
             dz, _ = through_activation(
-                dz, values, mean, rstd, w, residual, bias, None, row_at, k_at, s_at, mask, row, row, live, k, s, K, S,
+                dz, values, mean, rstd, w, residual, b, None, row_at, k_at, s_at, mask, row, row, live,
                 DERIVATIVE, P0, P1, NORM, ACC,
             )  # fmt: skip
-        sum_dzx += tl.where(mask, dz * ((values - mean) * rstd), 0.0)
-        if bias is not None:
+        if dweight is not None:
+            sum_dzx += tl.where(mask, dz * ((values - mean) * rstd), 0.0)
+        if dbias is not None:
             sum_dz += dz
-    _store_columns(sums, sum_dzx, sum_dz, bias, tile, tl.program_id(1), tl.num_programs(1), K, S, BLOCK_K, BLOCK_S)
+    _store_columns(dweight, sum_dzx, tl.program_id(1), k, s, K, S)
+    _store_columns(dbias, sum_dz, tl.program_id(1), k, s, K, S)
 
 
 @triton.jit

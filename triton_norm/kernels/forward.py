@@ -4,10 +4,12 @@ from . import tl, triton
 from .padding import store_padded
 from .statistics import combine, group_moments, moments, store_statistics
 from .tiles import (
+    COLUMN,
     affine_at,
     columns,
     count,
     load_affine,
+    load_columns,
     load_rows,
     load_statistics,
     load_weight,
@@ -32,9 +34,9 @@ def finish(
     With PAD, y is the padded tensor and ``plain``, where wanted, the other; without it y is the plain tensor.
     """
     at = affine_at(row, channel, channels, per_sample)
-    w = load_weight(weight, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM, ACC)
+    w = load_weight(weight, at, live, row_at, k_at, s_at, mask, NORM, ACC)
     z = (x - mean) * (rstd * w)
-    z += load_affine(bias, at, live, k, s, K, S, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
+    z += load_affine(bias, at, live, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
     if residual is not None:
         z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     # P0 goes straight in: a number that is given a name becomes a float32 tensor, also where z is float64.
@@ -54,7 +56,8 @@ def finish(
 
 
 @triton.jit
-def persistent_forward(
+def _whole_rows(
+    block,
     x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, momentum, momentum_rest,
     G, K, S, rows, channels, per_sample,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
@@ -63,9 +66,9 @@ def persistent_forward(
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
     NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """R whole rows in registers: one read, one write. Grid (row blocks,)."""
+    """One block of rows, in registers."""
     GROUP: tl.constexpr = NORM[2]
-    a, g, live = row_block(tl.program_id(0), G, R, NORM)
+    a, g, live = row_block(block, G, R, NORM)
     k, s = columns(0, S, BLOCK_K, BLOCK_S)
     row = a.to(tl.int64) * G + g
     mask = tile_mask(live, k, s, K, S, EVEN)
@@ -94,6 +97,43 @@ def persistent_forward(
 
 
 @triton.jit
+def persistent_forward(
+    x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, momentum, momentum_rest,
+    G, K, S, rows, channels, per_sample, blocks, steps,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
+    eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """R whole rows in registers: one read, one write. Grid (row blocks,).
+
+    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, so that the affine
+    stays in its registers.
+    """
+    AFFINE: tl.constexpr = NORM[0]
+    if AFFINE == COLUMN:
+        k, s = columns(0, S, BLOCK_K, BLOCK_S)
+        w = load_columns(weight, k, s, K, S, 1.0, ACC)
+        b = load_columns(bias, k, s, K, S, 0.0, ACC)
+        first = tl.program_id(0) * steps
+        for block in range(first, tl.minimum(first + steps, blocks)):
+            _whole_rows(
+                block, x, y, residual, bits, plain, statistics, w, b, slope, running_mean, running_var,
+                momentum, momentum_rest, G, K, S, rows, channels, per_sample,
+                x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d, eps, STORE_VARIANCE,
+                VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE,
+            )  # fmt: skip
+    else:
+        _whole_rows(
+            tl.program_id(0), x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var,
+            momentum, momentum_rest, G, K, S, rows, channels, per_sample,
+            x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d, eps, STORE_VARIANCE,
+            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE,
+        )  # fmt: skip
+
+
+@triton.jit
 def normalize(
     x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
     running_mean, running_var, momentum, momentum_rest,
@@ -108,6 +148,7 @@ def normalize(
 
     Grid (row blocks, P). Programs and tiles run backwards: what the statistics pass read last is still in L2.
     """
+    AFFINE: tl.constexpr = NORM[0]
     CORRECTION: tl.constexpr = NORM[5]
     share = tl.num_programs(1) - 1 - tl.program_id(1)
     a, g, live = row_block(tl.num_programs(0) - 1 - tl.program_id(0), G, R, NORM)
@@ -140,8 +181,13 @@ def normalize(
         y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
         if PAD is None:
             row_at, k_at, s_at = y_row_at, y_k_at, y_s_at
+        w = weight
+        b = bias
+        if AFFINE == COLUMN:
+            w = load_columns(weight, k, s, K, S, 1.0, ACC)
+            b = load_columns(bias, k, s, K, S, 0.0, ACC)
         finish(
-            values, center, rstd, row_at, k_at, s_at, mask, y, residual, bits, plain, weight, bias, slope,
+            values, center, rstd, row_at, k_at, s_at, mask, y, residual, bits, plain, w, b, slope,
             tile, row, channel, channels, per_sample, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
             VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, WIDE,
         )  # fmt: skip

@@ -134,26 +134,35 @@ def load_rows(pointer, at, live, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_affine(
-    pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, default: tl.constexpr,
-    NORM: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Weight or bias of a tile as (R, 1), (1, C) or (R, C), or the default where there is no tensor."""
-    AFFINE: tl.constexpr = NORM[0]
-    if AFFINE == ROW or pointer is None:
-        return load_rows(pointer, at, live, default, ACC)
-    elif AFFINE == COLUMN:
-        return tl.load(pointer + k * S + s, mask=(k < K) & (s < S), other=0.0).to(ACC)[None, :]
+def load_columns(pointer, k, s, K, S, default: tl.constexpr, ACC: tl.constexpr):
+    """One value per column as (1, C), or the default where there is no tensor."""
+    if pointer is None:
+        return default
     else:
-        return tl.load(pointer + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        return tl.load(pointer + k * S + s, mask=(k < K) & (s < S), other=0.0).to(ACC)[None, :]
 
 
 @triton.jit
-def load_weight(
-    pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, NORM: tl.constexpr, ACC: tl.constexpr
+def load_affine(
+    source, at, live, row_at, k_at, s_at, mask, default: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
+    """Weight or bias of a tile as (R, 1), (1, C) or (R, C), or the default where there is no tensor.
+
+    Of an affine per column the source is what load_columns loaded: once for all the rows that a program walks.
+    """
+    AFFINE: tl.constexpr = NORM[0]
+    if AFFINE == COLUMN:
+        return source
+    elif AFFINE == ROW or source is None:
+        return load_rows(source, at, live, default, ACC)
+    else:
+        return tl.load(source + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_weight(source, at, live, row_at, k_at, s_at, mask, NORM: tl.constexpr, ACC: tl.constexpr):
     UNIT: tl.constexpr = NORM[1]
-    weight = load_affine(pointer, at, live, k, s, K, S, row_at, k_at, s_at, mask, 1.0, NORM, ACC)
+    weight = load_affine(source, at, live, row_at, k_at, s_at, mask, 1.0, NORM, ACC)
     if UNIT:
         return weight + 1.0
     else:
