@@ -421,6 +421,19 @@ def test_large_planes(backend, kind):
     check(arguments(kind, (2, 1, 256, 512), device=backend.device, statistics=True, activation="relu"))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameters_that_are_every_other_element_of_a_tensor(backend, kind):
+    a = arguments(kind, device=backend.device, statistics=True)
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        setattr(a, name, getattr(a, name).repeat_interleave(2)[::2])
+    want = check(a)
+    mean, var = (torch.zeros(6, device=backend.device)[::2] for _ in range(2))
+    mean.copy_(a.running_mean), var.copy_(a.running_var)
+    function(kind)(a.x, mean, var, a.weight, a.bias, True)
+    assert_close(mean, want.running_mean, torch.float32)
+    assert_close(var, want.running_var, torch.float32)
+
+
 def test_arguments_are_not_modified(backend):
     for kind in KINDS:
         a = arguments(kind, device=backend.device, residual=True)

@@ -358,7 +358,11 @@ def _fits(
     running_mean, running_var = parameters[2:]
     if (running_mean is None) != (running_var is None):
         return False
-    if running_mean is not None and (running_mean.requires_grad or running_var.requires_grad):
+    if running_mean is not None and (
+        running_mean.requires_grad
+        or running_var.requires_grad
+        or not (running_mean.is_contiguous() and running_var.is_contiguous())
+    ):
         return False
     return dtype is None or dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
 
