@@ -412,7 +412,7 @@ def _statistics(x, at, norm, statistics, running_mean, running_var, momenta, eps
         return partials
     group = at.geometry.group
     block = min(power_of_2(plan.splits * group), 512)
-    sets = min(8, 1024 // block)
+    sets = min(8 if group == 1 else 4, 1024 // block)
     _run(
         x, statistics_kernels.finalize_statistics, (cdiv(rows // group, sets),),
         partials, statistics, running_mean, running_var, *momenta, K, S, rows, plan.splits,

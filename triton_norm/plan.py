@@ -99,7 +99,6 @@ def choose(
             scattered = geometry.transposed or not _vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
-            few |= backward and affine == "column" and elements > TILE
             threads = 256 if few else 512
             per_thread = _per_thread(geometry, backward, affine != "row")
             if affine == "column" and itemsize > 2 and extra != "none":
@@ -135,7 +134,7 @@ def register_limit(
     if affine == "column":
         # The affine, and backward two sums per column, beside the tile itself.
         if backward:
-            long = itemsize == 2 and extra != "residual" and columns > FULL_TILE // 4
+            long = itemsize == 2 and extra == "none" and columns > FULL_TILE // 4
             return FULL_TILE // (2 if long else 4) * 4 // max(itemsize, 4)
         return FULL_TILE // (1 if extra == "none" else 2) * 4 // max(itemsize, 4)
     if itemsize == 8:

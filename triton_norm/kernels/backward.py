@@ -138,8 +138,8 @@ def _whole_rows(
             if PAD is None:
                 row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
         n = count(K, S, ACC) * GROUP
-        mean_d = sum_d[:, None]
-        mean_dx = sum_dx[:, None]
+        mean_d = (sum_d / n)[:, None]
+        mean_dx = (sum_dx / (n - CORRECTION))[:, None]
         scale = rstd
         if AFFINE == ROW:
             if GROUP > 1:
@@ -151,9 +151,9 @@ def _whole_rows(
                 scale = rstd * w
         mean_d = over_group(mean_d, NORM)
         mean_dx = over_group(mean_dx, NORM)
+        d = d - normalized * mean_dx
         if CENTERED:
-            d -= mean_d / n
-        d -= normalized * (mean_dx / (n - CORRECTION))
+            d = d - mean_d
         tl.store(dx + row_at + k_at + s_at, d * scale, mask=mask)
     return dz, normalized
 
@@ -174,14 +174,21 @@ def persistent_backward(
     of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
     """
     AFFINE: tl.constexpr = NORM[0]
+    # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
+    LONG: tl.constexpr = BLOCK_K * BLOCK_S > 4096 or (residual is not None and BLOCK_K * BLOCK_S > 2048)
     if AFFINE == COLUMN:
         k, s = columns(0, S, BLOCK_K, BLOCK_S)
         w = load_columns(weight, k, s, K, S, 1.0, ACC)
-        b = load_columns(bias, k, s, K, S, 0.0, ACC)
+        if not LONG:
+            bias_columns = load_columns(bias, k, s, K, S, 0.0, ACC)
         sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
         first = tl.program_id(0) * steps
         for block in range(first, tl.minimum(first + steps, blocks)):
+            if LONG:
+                b = load_columns(bias, k, s, K, S, 0.0, ACC)
+            else:
+                b = bias_columns
             dz, normalized = _whole_rows(
                 block, x, dy, dplain, dx, dresidual, None, None, residual, bits, statistics, sums, w, b, slope,
                 G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,

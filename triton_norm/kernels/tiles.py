@@ -70,10 +70,11 @@ def load_statistics(statistics, row, channel, live, rows, channels, NORM: tl.con
     """Mean and rstd of each row, (R, 1)."""
     CENTERED: tl.constexpr = NORM[4]
     at, total = statistics_at(row, channel, rows, channels, NORM)
-    rstd = tl.load(statistics + at, mask=live, other=0.0)[:, None]
     if CENTERED:
-        return tl.load(statistics + total + at, mask=live, other=0.0)[:, None], rstd
+        mean = tl.load(statistics + total + at, mask=live, other=0.0)[:, None]
+        return mean, tl.load(statistics + at, mask=live, other=0.0)[:, None]
     else:
+        rstd = tl.load(statistics + at, mask=live, other=0.0)[:, None]
         return tl.zeros_like(rstd), rstd
 
 
