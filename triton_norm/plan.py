@@ -148,7 +148,9 @@ def register_limit(
     if geometry.transposed:
         # One row per program has its offsets folded (by whole bytes of bits); several leave no room for an operand.
         fits = extra == "none" or (extra == "bits" and itemsize == 2 and columns == FULL_TILE)
-        return FULL_TILE if fits and geometry.S % 32 == 0 else FULL_TILE // 2
+        # Rows of groups whose size is no power of two are not neighbours, so every one has an offset to keep.
+        even = geometry.S % 32 == 0 and geometry.group == power_of_2(geometry.group)
+        return FULL_TILE if fits and even else FULL_TILE // 2
     if itemsize == 2:
         return FULL_TILE if extra == "none" or aligned else FULL_TILE // 2
     # Offsets in k as well as in s leave less room for numbers.
