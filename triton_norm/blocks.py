@@ -23,8 +23,8 @@ class ConvNormAct(nn.Module):
 
     The convolution is ``torch.nn.Conv{dims}d`` or, with ``transposed``, ``ConvTranspose{dims}d``, and takes the
     arguments up to ``output_padding`` as they do; x is (N, C, *spatial) with ``dims`` spatial dims. ``norm`` is
-    "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``; for another one there
-    is ``functools.partial(tn.GroupNorm, groups)``), "none", or a callable such as a class or ``functools.partial`` that
+    "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``; for another one,
+    ``functools.partial(tn.GroupNorm, groups)``), "none", or a callable such as a class or ``functools.partial`` that
     makes the norm from ``out_channels``. ``activation`` is what the norms of this package take. ``pad_output`` pads the
     result for the next convolution, in that pass too.
 
