@@ -24,7 +24,7 @@ from triton_norm.plan import Device
 from . import common, passes, shapes
 from .common import Parser, UserError
 from .counting import counting
-from .layers import Fused, build
+from .layers import Fused, build, parameter_dtype
 from .shapes import Shape
 
 FIELDS = (
@@ -61,20 +61,31 @@ class _Operators(TorchDispatchMode):
 
 
 def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
-    x = torch.empty(shape.shape, dtype=dtype, device="meta").contiguous(memory_format=shape.memory_format)
+    x = shape.laid_out(torch.empty(shape.shape, dtype=dtype, device="meta"))
     extra = "residual" if shape.residual else "none"
+    kind, reduce = shape.kind, True
+    if kind == "batch" and shape.form == "sample":
+        # Walked in planes; statistics come from a pass of their own.
+        kind, reduce = "instance", False
+    width = shape.channels // shape.groups if kind == "group" else shape.channels if kind in shapes.ROWS else 0
+    affine = "element" if shape.form == "element" else "column" if kind in launch.PER_COLUMN else "row"
     return tuple(
-        launch.prepare(shape.kind, x, x, backward, True, extra)[1].plan.regime for backward in (False, True)
-    )  # fmt: skip
+        launch.prepare(kind, x, x, backward, reduce, extra, width, affine)[1].plan.regime for backward in (False, True)
+    )
 
 
 def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape:
     """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
     fewest = 32 if shape.layout == "channels_last" else 4
+    if shape.kind in launch.PER_COLUMN:
+        # Only rows may go, and few: how many share a load of the weights and a sum of gradients depends on them.
+        fewest, elements = shape.shape[1], 64 * elements
     n, c, *spatial = shape.shape
     wanted = _regimes(shape, dtype)
     while n * c * shape.elements // (shape.shape[0] * shape.shape[1]) > elements:
-        smaller = [(n, c // 2)] if c // 2 >= fewest else []
+        # Groups stay as large, and whole.
+        whole = shape.kind != "group" or c // 2 * shape.groups % shape.shape[1] == 0
+        smaller = [(n, c // 2)] if c // 2 >= fewest and whole else []
         smaller += [(n // 2, c)] if n > 1 else []
         for m, d in smaller:
             if _regimes(shape.resized((m, d, *spatial)), dtype) == wanted:
@@ -90,11 +101,11 @@ def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, 
     """(kernel, bytes read, bytes written) of every launch, per direction; inference for batch norms too."""
     generator = torch.Generator().manual_seed(0)
 
-    def tensor(size: Sequence[int] = shape.shape) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
+    def tensor(size: Sequence[int]) -> torch.Tensor:
+        return shape.laid_out(torch.randn(size, generator=generator).to(dtype))
 
-    layer = build(Fused, shape)
-    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
+    layer = build(Fused, shape).to(parameter_dtype(shape, dtype))
+    inputs = [tensor(size).requires_grad_() for size in shape.input_sizes]
     found = {}
 
     def count(direction: str, function):

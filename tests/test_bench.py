@@ -58,7 +58,7 @@ def test_shape_lists_are_whole():
 @pytest.mark.parametrize("shape", shapes.SHAPES, ids=lambda shape: shape.name)
 def test_plain_and_fused_are_the_same_layer(shape, on_torch):
     small = shape.shrunk(2**8)
-    x = [torch.randn(small.shape).contiguous(memory_format=small.memory_format) for _ in range(1 + small.residual)]
+    x = [small.laid_out(torch.randn(size)) for size in small.input_sizes]
     plain, fused = (layers.build(factory, small) for factory in (layers.Plain, layers.Fused))
     fused.load_state_dict(plain.state_dict())
     expected, found = plain(*x), fused(*x)
@@ -176,8 +176,8 @@ def test_the_networks_are_the_known_ones():
 
 
 class SlightlyOff(layers.Plain):
-    def forward(self, x, residual=None):
-        return 1.001 * super().forward(x, residual)
+    def forward(self, *inputs):
+        return 1.001 * super().forward(*inputs)
 
 
 def _fails(error):
@@ -238,7 +238,7 @@ def test_an_interrupt_keeps_what_was_measured(number, tmp_path, on_torch, monkey
 def test_a_budget_ends_the_run(tmp_path, on_torch, capsys):
     assert run.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     assert table(tmp_path / "run.csv") == []
-    assert "0 of 13 shapes and dtypes measured" in capsys.readouterr().out
+    assert "0 of 15 shapes and dtypes measured" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -322,7 +322,7 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert readme.NOTHING not in text
     assert "Imagined GPU" in text
     assert "driver 1.2.3" in text
-    assert "| float16 | both | triton_norm | 2.00 | 2.00 | 11 |" in text
+    assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
     assert "](results/imagined/speedup.png)" in text
     assert "memory.png" not in text
 
