@@ -1,7 +1,8 @@
 """Bytes and launches of the public layers, counted in Triton's interpreter. ``python -m bench.traffic``; needs no GPU.
 
 Shapes are cut in batch and channels to what the interpreter can do, as long as the plans keep their regime; a kernel's
-bytes per element depend on little else.
+bytes per element depend on little else. Where rows share what they read and sum, the GPU that plans are made for is cut
+as well.
 """
 
 import os
@@ -10,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -78,8 +80,8 @@ def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape
     """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
     fewest = 32 if shape.layout == "channels_last" else 4
     if shape.kind in launch.PER_COLUMN:
-        # Only rows may go, and few: how many share a load of the weights and a sum of gradients depends on them.
-        fewest, elements = shape.shape[1], 64 * elements
+        # Only rows may go.
+        fewest = shape.shape[1]
     n, c, *spatial = shape.shape
     wanted = _regimes(shape, dtype)
     while n * c * shape.elements // (shape.shape[0] * shape.shape[1]) > elements:
@@ -95,6 +97,13 @@ def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape
             break
     size = (n, c, *spatial)
     return shape if size == shape.shape else shape.resized(size)
+
+
+def _device_for(shape: Shape, small: Shape) -> Device:
+    """Where rows share loads of the weights and sums of gradients, as much of the GPU as is left of them."""
+    if shape.kind not in launch.PER_COLUMN:
+        return DEVICE
+    return replace(DEVICE, multiprocessors=max(DEVICE.multiprocessors * small.elements // shape.elements, 1))
 
 
 def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, int]]]:
@@ -133,6 +142,8 @@ def rows(shape: Shape, dtype_name: str, elements: int = ELEMENTS) -> list[Row]:
     try:
         with mock.patch.object(launch, "_device", lambda index: DEVICE):
             small = reduced(shape, dtype, elements)
+        launch._prepare.cache_clear()
+        with mock.patch.object(launch, "_device", lambda index: _device_for(shape, small)):
             found = measure(small, dtype)
     finally:
         launch._prepare.cache_clear()

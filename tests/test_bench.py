@@ -49,9 +49,12 @@ def test_shape_lists_are_whole():
     assert {
         ("cyclegan", (16, 64, 256, 256)), ("patchgan", (1, 512, 31, 31)), ("pix2pix", (1, 512, 2, 2)),
         ("dcgan", (64, 512, 4, 4)), ("style", (4, 32, 256, 256)), ("resnet50", (256, 2048, 7, 7)),
-        ("nnunet3d", (2, 32, 128, 128, 128)), ("nnunet2d", (12, 512, 8, 8)),
+        ("nnunet3d", (2, 32, 128, 128, 128)), ("nnunet2d", (12, 512, 8, 8)), ("diffusion", (2, 320, 64, 64)),
+        ("gaugan", (1, 64, 256, 256)), ("adain", (8, 512, 32, 32)), ("biggan", (64, 96, 128, 128)),
+        ("convnext", (32, 96, 56, 56)), ("convnext", (32, 7, 7, 768)), ("transformer", (4096, 4096)),
     } <= found  # fmt: skip
     assert {shape.group for shape in shapes.select(short=True)} == set(shapes.GROUPS)
+    assert set(shapes.QUICK) <= set(shapes.SHORT)
     assert all(shape.dtypes == ("float16", "bfloat16", "float32") for shape in shapes.SHAPES)
 
 
@@ -78,6 +81,59 @@ def test_known_passes():
     skip = Shape("", "", "instance", (1, 8, 16, 16), residual=True, padding=1, unpadded=True)
     assert passes.minimum(skip)["forward"] == 3 + padded
     assert passes.eager(skip)["backward"] == 5 + 1 + 3 * padded + 3
+
+
+def test_known_passes_of_the_family():
+    """Of forward and backward, fewest and eager."""
+
+    def found(kind, **rest):
+        shape = Shape("", "", kind, (2, 64, 16, 16), **rest)
+        fewest, eager = passes.minimum(shape), passes.eager(shape)
+        return fewest["forward"], fewest["backward"], eager["forward"], eager["backward"]
+
+    assert found("group", activation="silu") == (2, 3, 5, 8)
+    assert found("group", layout="channels_last") == (2, 3, 5, 5)
+    assert found("layer") == found("rms") == found("channels", layout="channels_last") == (2, 3, 3, 7)
+    assert found("channels") == (2, 3, 5, 9)
+    # x, scale, shift, y; x, dy, scale, dx, dscale, dshift, and the shift again for the activation.
+    assert found("batch", form="element") == (4, 6, 11, 11)
+    assert found("batch", form="element", activation="relu") == (4, 7, 13, 14)
+    assert found("instance", form="sample") == (2, 3, 7, 12)
+
+
+def test_smaller_shapes_keep_their_groups_whole():
+    shape = Shape("", "", "group", (2, 640, 32, 32))
+    assert [(s.shape[1], s.groups) for s in (shape.resized((1, c, 8, 8)) for c in (640, 320, 20, 10))] == [
+        (640, 32), (320, 16), (20, 1), (10, 1),
+    ]  # fmt: skip
+    tokens = Shape("", "", "rms", (8192, 768))
+    assert traffic.reduced(tokens, torch.float16, 2**14).shape == (16, 768)
+
+
+FAMILY = {
+    "group": Shape("", "", "group", (4, 8, 16, 16), activation="silu", groups=4),
+    "group, channels_last": Shape("", "", "group", (4, 64, 8, 8), "channels_last", groups=8),
+    "spade": Shape("", "", "instance", (4, 4, 16, 16), activation="relu", form="element"),
+    "adain": Shape("", "", "instance", (4, 4, 16, 16), form="sample"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_moves_the_minimum(name, in_interpreter):
+    """But for parameters and statistics, in one pass."""
+    totals = {r["direction"]: r for r in traffic.rows(FAMILY[name], "float16", 2**13) if r["kernel"] == traffic.TOTAL}
+    assert totals["forward"]["launches"] == 1
+    for row in totals.values():
+        assert row["minimum"] <= row["bytes"] <= 1.1 * row["minimum"]
+
+
+def test_rows_share_weights_whatever_is_cut(in_interpreter):
+    """One row a program would read a weight and a bias with every element: 4 bytes more."""
+    found = traffic.rows(Shape("", "", "layer", (4096, 64)), "float16", 2**15)
+    forward, backward = (row for row in found if row["kernel"] == traffic.TOTAL)
+    assert forward["measured"] == "512x64"
+    assert forward["bytes"] < 5
+    assert backward["bytes"] < 7.5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
