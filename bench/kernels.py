@@ -14,6 +14,7 @@ import torch
 
 from triton_norm import functional
 from triton_norm.demo import DTYPES, Progress, table
+from triton_norm.kernels.tiles import AFFINES
 
 from . import common, shapes
 from .common import Parser, UserError
@@ -27,7 +28,9 @@ FIELDS = (
 )  # fmt: skip
 #: Tensors of x's size that kernels read and write, by the names of their arguments.
 READ = ("x", "dy", "dplain", "residual")
-WRITTEN = ("y", "plain", "dx", "dresidual")
+WRITTEN = ("y", "plain", "dx", "dresidual", "dweight", "dbias")
+#: Read too where they have one number per element.
+AFFINE = ("weight", "bias")
 #: Those that are padded where a launch pads: their rows start anywhere, and edges go to several places.
 PADDED = ("y", "dy")
 VECTOR = 16  # bytes
@@ -43,6 +46,7 @@ class Tile:
         self.a = a
         self.itemsize = a["x"].element_size()
         self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
+        self.read = READ + (AFFINE if a.get("NORM", (None,))[0] == AFFINES["element"] else ())
         elements = a["R"] * a["BLOCK_K"] * a["BLOCK_S"]
         self.bytes_per_thread = max(elements // (report.warps * warp_size), 1) * self.itemsize
 
@@ -89,7 +93,7 @@ class Tile:
 def judge(report: Report, tile: Tile | None) -> str:
     faults = ["spill"] if report.spills else []
     if tile is not None and tile.aligned:
-        faults += ["narrow loads"] if tile.narrow(report.loads, READ) else []
+        faults += ["narrow loads"] if tile.narrow(report.loads, tile.read) else []
         faults += ["narrow stores"] if tile.narrow(report.stores, WRITTEN) else []
     return " + ".join(faults) or "ok"
 

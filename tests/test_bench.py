@@ -479,6 +479,9 @@ def tile(**changes) -> dict:
         # Where the launch pads, the padded tensor is written where its edges go, the others as ever.
         (tile(PAD=(0, 1)), {128: 4}, {16: 40}, 0, "ok"),
         (tile(PAD=(0, 1), plain=torch.empty(0)), {128: 4}, {16: 40}, 0, "narrow stores"),
+        # SPADE's scale and shift are tensors like x; elsewhere they are a number a row.
+        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["element"],)), {128: 4}, {128: 4}, 0, "narrow loads"),
+        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["row"],)), {128: 4}, {128: 4}, 0, "ok"),
         ({"source": torch.empty(0)}, {32: 9}, {32: 1}, 0, "ok"),
     ],
 )
