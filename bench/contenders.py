@@ -37,13 +37,13 @@ def compiled(shape: Shape) -> nn.Module:
 def attorch(shape: Shape) -> nn.Module:
     import attorch
 
-    if shape.kind != "batch":
+    if shape.kind != "batch" or shape.adaptive:
         raise Unsuitable("attorch has batch norm only")
     names = {None: None, "relu": "relu", "leaky_relu": f"leaky_relu_{shape.slope}"}
 
     class Layer(Plain):
-        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            return self.norm(x, residual)
+        def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+            return self.norm(x, *residual)
 
     layer = build(Layer, shape)
     layer.norm = attorch.BatchNorm2d(shape.shape[1], act_func=names[shape.activation])
@@ -53,7 +53,7 @@ def attorch(shape: Shape) -> nn.Module:
 def flag_gems(shape: Shape) -> nn.Module:
     import flag_gems
 
-    if shape.kind != "instance" or not hasattr(flag_gems, "instance_norm"):
+    if shape.kind != "instance" or shape.adaptive or not hasattr(flag_gems, "instance_norm"):
         raise Unsuitable("flag_gems has a differentiable function for instance norm only")
 
     class Norm(nn.Module):
@@ -71,12 +71,20 @@ def flag_gems(shape: Shape) -> nn.Module:
 
 def liger_kernel(shape: Shape) -> nn.Module:
     from liger_kernel.transformers.group_norm import LigerGroupNorm
+    from liger_kernel.transformers.layer_norm import LigerLayerNorm
+    from liger_kernel.transformers.rms_norm import LigerRMSNorm
 
-    if shape.kind != "instance" or not shape.affine:
-        raise Unsuitable("liger_kernel has group norm, which is affine instance norm at one channel a group")
-    channels = shape.shape[1]
+    if shape.kind not in ("instance", "group", "layer", "rms") or not shape.affine or shape.adaptive:
+        raise Unsuitable("liger_kernel has affine group norm, hence instance norm, layer norm and RMS norm")
+    channels = shape.channels
     layer = build(Plain, shape)
-    norm = LigerGroupNorm(channels, channels, eps=1e-5)
+    if shape.kind == "layer":
+        norm = LigerLayerNorm(channels, eps=1e-5, bias=True)
+    elif shape.kind == "rms":
+        norm = LigerRMSNorm(channels, eps=torch.finfo(torch.float32).eps)
+    else:
+        # At one channel a group, group norm is instance norm.
+        norm = LigerGroupNorm(channels, shape.groups if shape.kind == "group" else channels, eps=1e-5)
     norm.load_state_dict(layer.norm.state_dict())
     layer.norm = norm
     return layer
@@ -85,13 +93,12 @@ def liger_kernel(shape: Shape) -> nn.Module:
 def apex(shape: Shape) -> nn.Module:
     from apex.contrib.groupbn.batch_norm import BatchNorm2d_NHWC
 
-    if shape.kind != "batch" or shape.layout != "channels_last" or shape.activation != "relu":
+    if shape.kind != "batch" or shape.adaptive or shape.layout != "channels_last" or shape.activation != "relu":
         raise Unsuitable("apex has batch norm + ReLU in channels_last only")
 
     class Layer(Plain):
-        def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-            residual = None if residual is None else residual.permute(0, 2, 3, 1)
-            return self.norm(x.permute(0, 2, 3, 1), residual).permute(0, 3, 1, 2)
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.norm(*(t.permute(0, 2, 3, 1) for t in inputs)).permute(0, 3, 1, 2)
 
     layer = build(Layer, shape)
     layer.norm = BatchNorm2d_NHWC(shape.shape[1], fuse_relu=True)

@@ -26,8 +26,9 @@ from triton_norm.demo import Progress, table
 
 from . import common
 from .common import Parser, UserError
-from .layers import Fused, Plain
+from .layers import Fused, Plain, build
 from .offline import StubDriver, kernels_for_cpu_tensors
+from .shapes import Shape
 
 FIELDS = ("layer", "direction", "total_us", "module_us", "checks_us", "autograd_us", "op_us", "arguments_us",
           "plan_us", "allocation_us", "launch_us", "launches", "unfused_us")  # fmt: skip
@@ -44,6 +45,13 @@ LAYERS: dict[str, dict[str, Any]] = {
     "InstanceNorm2d + relu": {"kind": "instance", "affine": False, "activation": "relu"},
     "InstanceNorm2d + leaky_relu (affine)": {"kind": "instance", "activation": "leaky_relu", "slope": 0.01},
     "InstanceNorm2d + relu + pad": {"kind": "instance", "affine": False, "activation": "relu", "padding": 1},
+    "GroupNorm + silu": {"kind": "group", "groups": 8, "activation": "silu"},
+    "LayerNorm": {"kind": "layer"},
+    "RMSNorm": {"kind": "rms"},
+    "LayerNorm2d": {"kind": "channels"},
+    "AdaIN2d": {"kind": "instance", "form": "sample"},
+    "SPADE2d + leaky_relu": {"kind": "batch", "form": "element", "activation": "leaky_relu", "slope": 0.2},
+    "Conditional batch norm + relu": {"kind": "batch", "form": "sample", "activation": "relu"},
 }
 
 LEGEND = """
@@ -150,12 +158,11 @@ def _op(found: dict[str, list[Call]], watch: Stopwatch) -> tuple[float, dict[str
 
 
 def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[Row]:
-    options = dict(LAYERS[name])
-    residual = options.pop("residual", False)
-    inputs = [torch.randn(SIZE, device=device).requires_grad_() for _ in range(1 + residual)]
+    shape = Shape(name, "", shape=SIZE, **LAYERS[name])
+    inputs = [torch.randn(size, device=device).requires_grad_() for size in shape.input_sizes]
     results = {}
     for factory in (Plain, Fused):
-        layer = factory(channels=SIZE[1], **options).to(device)
+        layer = build(factory, shape).to(device)
         y = layer(*inputs)
         dy, wanted = torch.randn_like(y), [*inputs, *layer.parameters()]
 

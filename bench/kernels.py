@@ -14,6 +14,7 @@ import torch
 
 from triton_norm import functional
 from triton_norm.demo import DTYPES, Progress, table
+from triton_norm.kernels.tiles import AFFINES
 
 from . import common, shapes
 from .common import Parser, UserError
@@ -28,6 +29,8 @@ FIELDS = (
 #: Tensors of x's size that kernels read and write, by the names of their arguments.
 READ = ("x", "dy", "dplain", "residual")
 WRITTEN = ("y", "plain", "dx", "dresidual")
+#: Those of affines that have one number per element.
+AFFINE, AFFINE_WRITTEN = ("weight", "bias"), ("dweight", "dbias")
 #: Those that are padded where a launch pads: their rows start anywhere, and edges go to several places.
 PADDED = ("y", "dy")
 VECTOR = 16  # bytes
@@ -43,6 +46,9 @@ class Tile:
         self.a = a
         self.itemsize = a["x"].element_size()
         self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
+        per_element = a.get("NORM", (None,))[0] == AFFINES["element"]
+        self.read = READ + (AFFINE if per_element else ())
+        self.written = WRITTEN + (AFFINE_WRITTEN if per_element else ())
         elements = a["R"] * a["BLOCK_K"] * a["BLOCK_S"]
         self.bytes_per_thread = max(elements // (report.warps * warp_size), 1) * self.itemsize
 
@@ -89,8 +95,8 @@ class Tile:
 def judge(report: Report, tile: Tile | None) -> str:
     faults = ["spill"] if report.spills else []
     if tile is not None and tile.aligned:
-        faults += ["narrow loads"] if tile.narrow(report.loads, READ) else []
-        faults += ["narrow stores"] if tile.narrow(report.stores, WRITTEN) else []
+        faults += ["narrow loads"] if tile.narrow(report.loads, tile.read) else []
+        faults += ["narrow stores"] if tile.narrow(report.stores, tile.written) else []
     return " + ".join(faults) or "ok"
 
 

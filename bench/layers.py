@@ -1,6 +1,8 @@
 """The same layer twice: as a PyTorch user writes it, and fused. Both have the same ``state_dict``."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ import triton_norm as tn
 
 from .shapes import Shape
 
-#: A layer is called with x and, where it has one, the residual.
+#: A layer is called with x, with scale and shift where it is adaptive and, where it has one, the residual.
 Result = Tensor | tuple[Tensor, Tensor]
 Factory = Callable[..., nn.Module]
 
@@ -18,25 +20,70 @@ Factory = Callable[..., nn.Module]
 def _activation(name: str | None, slope: float | None, inplace: bool) -> nn.Module | None:
     if name is None:
         return None
+    if name == "silu":
+        # In place it would copy its input for the backward pass.
+        return nn.SiLU()
     return nn.ReLU(inplace) if name == "relu" else nn.LeakyReLU(slope, inplace)
 
 
-class Plain(nn.Module):
+class _LayerNorm2d(nn.LayerNorm):
+    """As vision models write it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _norm(
+    home: ModuleType, kind: str, channels: int, dims: int, affine: bool, groups: int, form: str, **fused: Any
+) -> nn.Module:
+    """torch.nn's norm, or triton_norm's, in training mode."""
+    # What an adaptive norm is multiplied with comes with the call.
+    affine = affine and form == "channel"
+    if kind == "group":
+        return home.GroupNorm(groups, channels, affine=affine, **fused)
+    if kind in ("batch", "instance"):
+        return getattr(home, f"{kind.capitalize()}Norm{dims}d")(channels, affine=affine, **fused)
+    if kind == "channels":
+        cls = _LayerNorm2d if home is nn else home.LayerNorm2d
+    else:
+        cls = {"layer": home.LayerNorm, "rms": home.RMSNorm}[kind]
+    return cls(channels, elementwise_affine=affine, **fused)
+
+
+class _Layer(nn.Module):
+    def __init__(self, kind: str, form: str, unpadded: bool) -> None:
+        super().__init__()
+        self.adaptive = form != "channel"
+        #: Batch norms are multiplied with 1 + scale, as SPADE and BigGAN are published; AdaIN is not.
+        self.unit_offset = self.adaptive and kind == "batch"
+        self.unpadded = unpadded
+
+    def _split(self, rest: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
+        """Scale and shift, if any, and the residual, if there is one."""
+        count = 2 if self.adaptive else 0
+        return rest[:count], rest[count] if len(rest) > count else None
+
+
+class Plain(_Layer):
     """Norm, residual added in place, activation in place, ``F.pad``: what a user writes for speed without fusing."""
 
     def __init__(
         self, kind: str, channels: int, dims: int = 2, *, activation: str | None = None, slope: float | None = None,
-        padding: int = 0, unpadded: bool = False, affine: bool = True, inplace: bool = True,
+        padding: int = 0, unpadded: bool = False, affine: bool = True, form: str = "channel", groups: int = 32,
+        inplace: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.norm = getattr(nn, f"{kind.capitalize()}Norm{dims}d")(channels, affine=affine)
+        super().__init__(kind, form, unpadded)
+        self.norm = _norm(nn, kind, channels, dims, affine, groups, form)
         self.activation = _activation(activation, slope, inplace)
         self.inplace = inplace
         self.sides = (padding,) * (2 * dims) if padding else None
-        self.unpadded = unpadded
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Result:
+    def forward(self, x: Tensor, *rest: Tensor) -> Result:
+        affine, residual = self._split(rest)
         y = self.norm(x)
+        if affine:
+            scale, shift = (p.reshape(p.shape + (1,) * (x.dim() - p.dim())) for p in affine)
+            y = y * (1 + scale if self.unit_offset else scale) + shift
         if residual is not None:
             y = y.add_(residual) if self.inplace else y + residual
         if self.activation is not None:
@@ -47,51 +94,50 @@ class Plain(nn.Module):
         return (padded, y) if self.unpadded else padded
 
 
-class Fused(nn.Module):
-    """The same through triton_norm: its module, or its function where both results are wanted."""
+class Fused(_Layer):
+    """The same in one call of triton_norm's module."""
 
     def __init__(
         self, kind: str, channels: int, dims: int = 2, *, activation: str | None = None, slope: float | None = None,
-        padding: int = 0, unpadded: bool = False, affine: bool = True,
+        padding: int = 0, unpadded: bool = False, affine: bool = True, form: str = "channel", groups: int = 32,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self.norm = getattr(tn, f"{kind.capitalize()}Norm{dims}d")(
-            channels, affine=affine, activation=_activation(activation, slope, False), padding=padding
-        )
-        self.instance = kind == "instance"
-        self.unpadded = unpadded
+        super().__init__(kind, form, unpadded)
+        fused = {"activation": _activation(activation, slope, False)} | ({"padding": padding} if padding else {})
+        self.norm = _norm(tn, kind, channels, dims, affine, groups, form, **fused)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Result:
-        if not self.unpadded:
-            return self.norm(x, residual=residual)
-        norm = self.norm
-        rest = {
-            "residual": residual, "activation": norm.activation, "padding": norm.padding, "return_unpadded": True,
-        }  # fmt: skip
-        if self.instance:
-            return tn.functional.instance_norm(x, weight=norm.weight, bias=norm.bias, eps=norm.eps, **rest)
-        return tn.functional.batch_norm(
-            x, norm.running_mean, norm.running_var, norm.weight, norm.bias, self.training, norm.momentum, norm.eps,
-            **rest,
-        )  # fmt: skip
+    def forward(self, x: Tensor, *rest: Tensor) -> Result:
+        affine, residual = self._split(rest)
+        # As the adaptive modules call their norm.
+        more = dict(zip(("weight", "bias"), affine, strict=False))
+        if self.unit_offset:
+            more["unit_offset"] = True
+        if self.unpadded:
+            more["return_unpadded"] = True
+        return self.norm(x, residual, **more)
 
 
 def build(factory: Factory, shape: Shape, **rest) -> nn.Module:
     """The layer that a shape describes, in training mode."""
     return factory(
-        shape.kind, shape.shape[1], shape.dims, activation=shape.activation, slope=shape.slope,
-        padding=shape.padding, unpadded=shape.unpadded, affine=shape.affine, **rest,
+        shape.kind, shape.channels, shape.dims, activation=shape.activation, slope=shape.slope,
+        padding=shape.padding, unpadded=shape.unpadded, affine=shape.affine, form=shape.form, groups=shape.groups,
+        **rest,
     )  # fmt: skip
+
+
+def parameter_dtype(shape: Shape, dtype: torch.dtype) -> torch.dtype:
+    """Batch and instance norms keep float32 parameters; torch's others want theirs in the input's dtype on a GPU."""
+    return torch.float32 if shape.kind in ("batch", "instance") else dtype
 
 
 def exercise(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
     """One fused forward and backward pass on tensors that nobody filled; batch norms in evaluation too."""
 
-    def tensor(size: Sequence[int] = shape.shape) -> Tensor:
-        return torch.empty(size, dtype=dtype, device=device, memory_format=shape.memory_format)
+    def tensor(size: Sequence[int]) -> Tensor:
+        return shape.laid_out(torch.empty(size, dtype=dtype, device=device))
 
-    layer = build(Fused, shape).to(device)
-    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
+    layer = build(Fused, shape).to(device, parameter_dtype(shape, dtype))
+    inputs = [tensor(size).requires_grad_() for size in shape.input_sizes]
     outputs = layer(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     torch.autograd.grad(outputs, [*inputs, *layer.parameters()], [tensor(size) for size in shape.output_sizes])

@@ -6,7 +6,15 @@ hands a batch norm to cuDNN, that may move less):
 
 | operator                  | forward                       | backward                           |
 |---------------------------|-------------------------------|------------------------------------|
-| batch and instance norm   | x for the statistics; x, y    | x, dy for the sums; x, dy, dx      |
+| batch, instance, group    | x for the statistics; x, y    | x, dy for the sums; x, dy, dx      |
+| layer and RMS norm        | the same                      | the same; x, dy for the parameters |
+| group norm, channels_last | x, its contiguous copy        | none                               |
+| layer norm of channels,   | x, its permuted copy          | dy, its permuted copy              |
+|   of a contiguous input   |                               |                                    |
+| (N, C) scale and shift    | y, product; product, sum      | dy; dy, dnorm; dy, y, dy * y, which|
+|                           |                               | is read again                      |
+| scale and shift like x    | scale, 1 + scale; y, that,    | dy, 1 + scale, dnorm;              |
+|                           | product; product, shift, sum  | dy, y, dscale                      |
 | residual, added in place  | y, residual, y                | none: both gradients are dy        |
 | activation, in place      | y, y                          | y, dy, dz                          |
 | reflection pad            | y, padded                     | zero-fill of dy; padded, and for   |
@@ -39,7 +47,12 @@ def minimum(shape: Shape) -> dict[str, float]:
     # Without an activation the residual's gradient is dy itself, unless dy first has to be gathered from its padding.
     dresidual = shape.residual and (shape.activation is not None or shape.padding > 0)
     forward = 1 + shape.residual + _outputs(shape)
-    return _passes(forward, forward, 1 + _outputs(shape) + 1 + dresidual)
+    backward = 1 + _outputs(shape) + 1 + dresidual
+    if shape.form == "element":
+        forward += 2
+        # The scale, and the shift where an activation's derivative is taken; the gradients of both.
+        backward += 1 + (shape.activation is not None) + 2
+    return _passes(forward, forward, backward)
 
 
 def eager(shape: Shape) -> dict[str, float]:
@@ -47,6 +60,15 @@ def eager(shape: Shape) -> dict[str, float]:
     padded = shape.padded_elements / shape.elements
     forward = 3.0 + 3 * shape.residual + 2 * (shape.activation is not None)
     backward = 5.0 + 3 * (shape.activation is not None)
+    if shape.kind in ("layer", "rms", "channels"):
+        backward += 2
+    if shape.kind == "channels" and shape.layout == "contiguous":
+        forward += 2
+        backward += 2
+    if shape.kind == "group" and shape.layout == "channels_last":
+        forward += 2
+    more = {"channel": (0, 0), "sample": (4, 7), "element": (8, 6)}[shape.form]
+    forward, backward = forward + more[0], backward + more[1]
     if shape.padding:
         forward += 1 + padded
         backward += 1 + 3 * padded + 3 * shape.unpadded

@@ -24,7 +24,7 @@ from triton_norm.demo import DTYPES, TOLERANCES, Progress, table
 from . import common, passes, shapes, steps, timing
 from .common import CPU_CAVEAT, Parser, UserError
 from .contenders import COMPILED, EAGER, OURS, PEERS, Unsuitable, contenders, installed
-from .layers import Fused, Plain, build
+from .layers import Fused, Plain, build, parameter_dtype
 from .shapes import Shape
 
 CSV, JSON = "run.csv", "run.json"
@@ -75,14 +75,15 @@ class Work:
         self.shape, self.device = shape, device
         generator = torch.Generator(device).manual_seed(0)
 
-        def tensor(size: Sequence[int] = shape.shape, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        def tensor(size: Sequence[int], scale: float = 1.0, shift: float = 0.0) -> Tensor:
             x = torch.randn(size, generator=generator, device=device, dtype=torch.float32) * scale + shift
-            return x.to(dtype).contiguous(memory_format=shape.memory_format)
+            return shape.laid_out(x.to(dtype))
 
         bytes_per_set = int(passes.minimum(shape)["backward"] * shape.elements * dtype.itemsize)
         self.sets = []
         for _ in range(timing.input_sets(device, bytes_per_set)):
-            inputs = [tensor(scale=2.0, shift=0.5), *([tensor()] if shape.residual else [])]
+            x, *rest = shape.input_sizes
+            inputs = [tensor(x, scale=2.0, shift=0.5), *map(tensor, rest)]
             self.sets.append([x.requires_grad_() for x in inputs])
         self.gradients = [[tensor(size) for size in shape.output_sizes] for _ in self.sets]
 
@@ -191,7 +192,7 @@ def shape_rows(
     for name, make in makers.items():
         row = shared | {"direction": "", "contender": name}
         try:
-            layer = make(shape).to(device)
+            layer = make(shape).to(device, parameter_dtype(shape, dtype))
             error, right = worst(exact, work.results(layer), outputs, dtype)
             if not right:
                 yield row | {"status": "wrong", "error": error}
@@ -295,7 +296,9 @@ def tasks(arguments, device: torch.device) -> list[tuple[object, str]]:
     chosen = shapes.select(arguments.groups, arguments.shapes, arguments.quick or arguments.short)
     if not set(arguments.directions) & set(passes.DIRECTIONS):
         chosen = []
-    chosen = [shape.shrunk(QUICK_ELEMENTS) if small else shape for shape in chosen]
+    if small:
+        named = arguments.groups or arguments.shapes
+        chosen = [shape.shrunk(QUICK_ELEMENTS) for shape in chosen if named or shape.name in shapes.QUICK]
     found: list[tuple[object, str]] = [(shape, dtype) for dtype in wanted for shape in chosen if dtype in shape.dtypes]
     if STEP in arguments.directions and (arguments.groups is None or STEP in arguments.groups):
         for name, (_, dtypes) in steps.STEPS.items():

@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+#: Kinds over the last dimension.
+ROWS = ("layer", "rms")
 HALF_AND_FULL = ("float16", "bfloat16", "float32")
 
 
@@ -16,12 +18,14 @@ HALF_AND_FULL = ("float16", "bfloat16", "float32")
 class Shape:
     """One use of a norm: ``pad(activation(norm(x) [+ residual]))`` on x of ``shape``.
 
-    ``padding`` is reflected; with ``unpadded`` the result is wanted unpadded as well, for a skip connection.
+    ``padding`` is reflected; with ``unpadded`` the result is wanted unpadded as well, for a skip connection. Norms of
+    ``kind`` "layer" and "rms" are over the last dimension, "channels" is a layer norm of (N, C, H, W) over C. Adaptive
+    norms get their affine with every call: ``form`` says whether that is (N, C) or of the input's shape.
     """
 
     name: str
     group: str
-    kind: str  # "batch" or "instance"
+    kind: str  # "batch", "instance", "group", "layer", "rms" or "channels"
     shape: tuple[int, ...]
     layout: str = "contiguous"  # or "channels_last"
     activation: str | None = None
@@ -30,11 +34,28 @@ class Shape:
     padding: int = 0
     unpadded: bool = False
     affine: bool = True
+    form: str = "channel"  # or "sample" or "element"
+    groups: int = 32
     dtypes: tuple[str, ...] = HALF_AND_FULL
 
     @property
     def dims(self) -> int:
         return len(self.shape) - 2
+
+    @property
+    def channels(self) -> int:
+        """How many weights the norm has."""
+        return self.shape[-1 if self.kind in ROWS else 1]
+
+    @property
+    def adaptive(self) -> bool:
+        return self.form != "channel"
+
+    @property
+    def input_sizes(self) -> tuple[tuple[int, ...], ...]:
+        """Of x, of an adaptive norm's scale and shift, and of the residual."""
+        affine = {"channel": (), "sample": (self.shape[:2],) * 2, "element": (self.shape,) * 2}[self.form]
+        return (self.shape, *affine, *((self.shape,) if self.residual else ()))
 
     @property
     def elements(self) -> int:
@@ -56,6 +77,10 @@ class Shape:
             return torch.contiguous_format
         return torch.channels_last if self.dims == 2 else torch.channels_last_3d
 
+    def laid_out(self, t: torch.Tensor) -> torch.Tensor:
+        """t in this layout, unless it is (N, C)."""
+        return t.contiguous(memory_format=self.memory_format) if t.dim() == len(self.shape) else t
+
     @property
     def what(self) -> str:
         """The fused operators, in words."""
@@ -64,12 +89,16 @@ class Shape:
         )
         residual = " + residual" if self.residual else ""
         pad = f" + pad {self.padding}" + (" and unpadded" if self.unpadded else "") if self.padding else ""
-        return f"{self.kind} norm{residual}{activation}{pad}"
+        kind = {"rms": "RMS", "channels": "channel-wise layer"}.get(self.kind, self.kind)
+        form = {"sample": "adaptive ", "element": "spatially adaptive "}.get(self.form, "")
+        return f"{form}{kind} norm{residual}{activation}{pad}"
 
     def resized(self, shape: tuple[int, ...]) -> "Shape":
-        """The same use on another shape; its padding is what that still allows."""
-        padding = min(self.padding, *(size - 1 for size in shape[2:]))
-        return replace(self, shape=shape, name=f"{self.name}~{'x'.join(map(str, shape))}", padding=padding)
+        """The same use on another shape; its padding is what that still allows, and groups are as large."""
+        padding = min((self.padding, *(size - 1 for size in shape[2:])))
+        groups = max(self.groups * shape[1] // self.shape[1], 1)
+        name = f"{self.name}~{'x'.join(map(str, shape))}"
+        return replace(self, shape=shape, name=name, padding=padding, groups=groups)
 
     def shrunk(self, elements: int) -> "Shape":
         """The same use on at most about ``elements`` elements, for a machine that only has to show that it works."""
@@ -79,7 +108,7 @@ class Shape:
                 n //= 2
             elif c > 16:
                 c //= 2
-            elif max(spatial) > 8:
+            elif max(spatial, default=0) > 8:
                 spatial = [max(size // 2, 4) for size in spatial]
             else:
                 break
@@ -173,7 +202,79 @@ def _nnunet() -> list[Shape]:
     ]
 
 
-SHAPES = (*_cyclegan(), *_patchgan(), *_pix2pix(), *_dcgan(), *_style(), *_resnet50(), *_nnunet())
+def _adain() -> list[Shape]:
+    """AdaIN's style transfer at 256 x 256, and the residual blocks of MUNIT's decoder."""
+    return [
+        _at("adain", "", "instance", 8, 512, 32, form="sample"),
+        _at("adain", "munit", "instance", 1, 256, 64, form="sample", activation="relu"),
+        _at("adain", "munit-skip", "instance", 1, 256, 64, form="sample", residual=True),
+    ]
+
+
+def _biggan() -> list[Shape]:
+    """The generator at 128 x 128: batch norm with a scale and shift that are made from class and noise."""
+    levels = ((1536, 4), (1536, 8), (768, 16), (384, 32), (192, 64), (96, 128))
+    return [_at("biggan", "", "batch", 64, c, s, form="sample", activation="relu") for c, s in levels]
+
+
+def _gaugan() -> list[Shape]:
+    """The generator at 256 x 256: SPADE in residual blocks, without an activation in their shortcuts."""
+    levels = ((1024, 16), (1024, 32), (512, 64), (256, 128), (128, 256), (64, 256))
+    leaky = {"activation": "leaky_relu", "slope": 0.2}
+    return [
+        _at("gaugan", part, "batch", 1, channels, size, form="element", **rest)
+        for part, rest in (("block", leaky), ("shortcut", {}))
+        for channels, size in levels
+    ]
+
+
+def _diffusion() -> list[Shape]:
+    """U-Nets of pixels and of latents: group norm of 32 groups, with SiLU in residual blocks."""
+    uses = [
+        *(("block", c, s, "silu") for c, s in ((64, 32), (320, 64), (640, 32), (1280, 16), (1280, 8))),
+        *(("attention", c, s, None) for c, s in ((320, 64), (640, 32), (1280, 16))),
+    ]
+    decoder = ((512, 64), (512, 128), (256, 256), (128, 512))
+    return [
+        *(
+            _at("diffusion", part, "group", batch, channels, size, layout=layout, activation=activation)
+            for batch in (2, 16)
+            for layout in ("contiguous", "channels_last")
+            for part, channels, size, activation in uses
+        ),
+        *(_at("diffusion", "decoder", "group", 1, channels, size, activation="silu") for channels, size in decoder),
+    ]
+
+
+def _convnext() -> list[Shape]:
+    """ConvNeXt-T: a layer norm of channels between stages, one of the last dimension in blocks."""
+    levels = ((96, 56), (192, 28), (384, 14), (768, 7))
+    return [
+        *(
+            _at("convnext", "down", "channels", 32, channels, size, layout=layout)
+            for layout in ("contiguous", "channels_last")
+            for channels, size in levels
+        ),
+        *(
+            Shape(f"convnext-block-{size}x{size}x{channels}-n32", "convnext", "layer", (32, size, size, channels))
+            for channels, size in levels
+        ),
+    ]
+
+
+def _transformer() -> list[Shape]:
+    sizes = ((8192, 768), (8192, 1024), (4096, 4096), (64, 4096))
+    return [
+        Shape(f"transformer-{kind}-{features}-n{tokens}", "transformer", kind, (tokens, features))
+        for kind in ROWS
+        for tokens, features in sizes
+    ]
+
+
+SHAPES = (
+    *_cyclegan(), *_patchgan(), *_pix2pix(), *_dcgan(), *_style(), *_resnet50(), *_nnunet(),
+    *_diffusion(), *_gaugan(), *_adain(), *_biggan(), *_convnext(), *_transformer(),
+)  # fmt: skip
 GROUPS = tuple(dict.fromkeys(shape.group for shape in SHAPES))
 
 #: One or two of each group: what a short run measures.
@@ -189,7 +290,18 @@ SHORT = (
     "resnet50-block-1024x14x14-n32",
     "nnunet3d-64x64x64x64-n2",
     "nnunet2d-128x128x128-n12",
+    "diffusion-block-320x64x64-n2",
+    "gaugan-block-256x128x128-n1",
+    "diffusion-block-640x32x32-n16-cl",
+    "adain-512x32x32-n8",
+    "biggan-384x32x32-n64",
+    "convnext-down-96x56x56-n32",
+    "convnext-block-28x28x192-n32",
+    "transformer-layer-768-n8192",
+    "transformer-rms-4096-n4096",
 )
+#: Of these, what is measured where a run only has to show that it works.
+QUICK = SHORT[:13]
 
 
 def select(groups: list[str] | None = None, words: list[str] | None = None, short: bool = False) -> list[Shape]:

@@ -1,7 +1,8 @@
 """Bytes and launches of the public layers, counted in Triton's interpreter. ``python -m bench.traffic``; needs no GPU.
 
 Shapes are cut in batch and channels to what the interpreter can do, as long as the plans keep their regime; a kernel's
-bytes per element depend on little else.
+bytes per element depend on little else. Where rows share what they read and sum, the GPU that plans are made for is cut
+as well.
 """
 
 import os
@@ -10,6 +11,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
@@ -24,7 +26,7 @@ from triton_norm.plan import Device
 from . import common, passes, shapes
 from .common import Parser, UserError
 from .counting import counting
-from .layers import Fused, build
+from .layers import Fused, build, parameter_dtype
 from .shapes import Shape
 
 FIELDS = (
@@ -61,20 +63,31 @@ class _Operators(TorchDispatchMode):
 
 
 def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
-    x = torch.empty(shape.shape, dtype=dtype, device="meta").contiguous(memory_format=shape.memory_format)
+    x = shape.laid_out(torch.empty(shape.shape, dtype=dtype, device="meta"))
     extra = "residual" if shape.residual else "none"
+    kind, reduce = shape.kind, True
+    if kind == "batch" and shape.form == "sample":
+        # Walked in planes; statistics come from a pass of their own.
+        kind, reduce = "instance", False
+    width = shape.channels // shape.groups if kind == "group" else shape.channels if kind in shapes.ROWS else 0
+    affine = "element" if shape.form == "element" else "column" if kind in launch.PER_COLUMN else "row"
     return tuple(
-        launch.prepare(shape.kind, x, x, backward, True, extra)[1].plan.regime for backward in (False, True)
-    )  # fmt: skip
+        launch.prepare(kind, x, x, backward, reduce, extra, width, affine)[1].plan.regime for backward in (False, True)
+    )
 
 
 def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape:
     """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
     fewest = 32 if shape.layout == "channels_last" else 4
+    if shape.kind in launch.PER_COLUMN:
+        # Only rows may go.
+        fewest = shape.shape[1]
     n, c, *spatial = shape.shape
     wanted = _regimes(shape, dtype)
     while n * c * shape.elements // (shape.shape[0] * shape.shape[1]) > elements:
-        smaller = [(n, c // 2)] if c // 2 >= fewest else []
+        # Groups stay as large, and whole.
+        whole = shape.kind != "group" or c // 2 * shape.groups % shape.shape[1] == 0
+        smaller = [(n, c // 2)] if c // 2 >= fewest and whole else []
         smaller += [(n // 2, c)] if n > 1 else []
         for m, d in smaller:
             if _regimes(shape.resized((m, d, *spatial)), dtype) == wanted:
@@ -86,15 +99,22 @@ def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape
     return shape if size == shape.shape else shape.resized(size)
 
 
+def _device_for(shape: Shape, small: Shape) -> Device:
+    """Where rows share loads of the weights and sums of gradients, as much of the GPU as is left of them."""
+    if shape.kind not in launch.PER_COLUMN:
+        return DEVICE
+    return replace(DEVICE, multiprocessors=max(DEVICE.multiprocessors * small.elements // shape.elements, 1))
+
+
 def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, int]]]:
     """(kernel, bytes read, bytes written) of every launch, per direction; inference for batch norms too."""
     generator = torch.Generator().manual_seed(0)
 
-    def tensor(size: Sequence[int] = shape.shape) -> torch.Tensor:
-        return torch.randn(size, generator=generator).to(dtype).contiguous(memory_format=shape.memory_format)
+    def tensor(size: Sequence[int]) -> torch.Tensor:
+        return shape.laid_out(torch.randn(size, generator=generator).to(dtype))
 
-    layer = build(Fused, shape)
-    inputs = [tensor().requires_grad_() for _ in range(1 + shape.residual)]
+    layer = build(Fused, shape).to(parameter_dtype(shape, dtype))
+    inputs = [tensor(size).requires_grad_() for size in shape.input_sizes]
     found = {}
 
     def count(direction: str, function):
@@ -122,6 +142,8 @@ def rows(shape: Shape, dtype_name: str, elements: int = ELEMENTS) -> list[Row]:
     try:
         with mock.patch.object(launch, "_device", lambda index: DEVICE):
             small = reduced(shape, dtype, elements)
+        launch._prepare.cache_clear()
+        with mock.patch.object(launch, "_device", lambda index: _device_for(shape, small)):
             found = measure(small, dtype)
     finally:
         launch._prepare.cache_clear()

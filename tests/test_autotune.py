@@ -10,6 +10,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -25,7 +26,7 @@ from triton_norm.autotune import Problem
 from triton_norm.candidates import HOPELESS, Work, cost
 from triton_norm.geometry import view
 from triton_norm.plan import Device, Plan
-from triton_norm.shapes import LAYOUTS, NORMS, SHAPES, Case
+from triton_norm.shapes import LAYOUTS, SHAPES, Case
 
 TARGET = "Test GPU sm_00, triton 0.0"
 
@@ -75,9 +76,9 @@ def strides(shape, layout="contiguous"):
 
 
 def work(kind="instance", shape=(1, 256, 64, 64), layout="contiguous", backward=False, extra="none", itemsize=2,
-         reduce=True, device=Device()):  # fmt: skip  # noqa: B008
+         reduce=True, device=Device(), width=0, affine="row"):  # fmt: skip  # noqa: B008
     at = strides(shape, layout)
-    return Work(view(kind, shape, at, at), itemsize, backward, reduce, extra, device)
+    return Work(view(kind, shape, at, at, width), itemsize, backward, reduce, extra, device, affine)
 
 
 def problem(**arguments) -> Problem:
@@ -97,21 +98,34 @@ def on_disk() -> dict:
     return table.read(file()).get(TARGET, {})
 
 
-CASES = sorted({case[1:4] for cases in SHAPES.values() for case in cases}) + [
-    ("instance", (1, 3, 5, 7), "contiguous"),
-    ("instance", (2, 3, 5, 7), "channels_last"),
-    ("batch", (3, 1, 2, 2), "channels_last"),
-    ("instance", (1, 1, 2**31 + 8, 2), "contiguous"),
+def seen_by_kernels(case: Case) -> tuple:
+    """Kind, shape, layout, width and affine."""
+    _, norm, shape, layout, *_, affine, groups = case
+    if norm in ("layer", "rms"):
+        return norm, shape, layout, shape[-1], "column"
+    if norm == "layer2d":
+        return "channels", shape, layout, shape[1], "column"
+    width = shape[1] // groups if norm == "group" else 0
+    return norm, shape, layout, width, "element" if affine == "per-element" else "row"
+
+
+CASES = sorted({seen_by_kernels(case) for cases in SHAPES.values() for case in cases}) + [
+    ("instance", (1, 3, 5, 7), "contiguous", 0, "row"),
+    ("instance", (2, 3, 5, 7), "channels_last", 0, "row"),
+    ("batch", (3, 1, 2, 2), "channels_last", 0, "row"),
+    ("instance", (1, 1, 2**31 + 8, 2), "contiguous", 0, "row"),
+    ("group", (2, 6, 5, 7), "contiguous", 3, "element"),
+    ("layer", (3, 5, 7), "contiguous", 35, "row"),
 ]
 
 
 @pytest.mark.parametrize("itemsize, device", [(2, Device()), (4, Device(304, 64, 4 * 2**20)), (8, Device(4, 32))])
 def test_candidates(itemsize, device):
     regimes = Counter()
-    for kind, shape, layout in CASES:
+    for kind, shape, layout, width, affine in CASES:
         for backward, extra in ((False, "none"), (False, "residual"), (True, "none"), (True, "bits")):
-            for reduce in (True, False):
-                w = work(kind, shape, layout, backward, extra, itemsize, reduce, device)
+            for reduce in (True, False) if kind in ("batch", "instance") else (True,):
+                w = work(kind, shape, layout, backward, extra, itemsize, reduce, device, width, affine)
                 found = candidates.candidates(w, 12)
                 assert found[0] == w.heuristic()
                 assert 1 <= len(found) <= 12
@@ -138,7 +152,7 @@ def test_candidates_of_any_geometry_compute_it_correctly():
         layout = random.choice(LAYOUTS) if len(shape) == 4 else "contiguous"
         backward, reduce = random.random() < 0.5, random.random() < 0.8
         extra = random.choice(("none", "residual", "bits") if backward else ("none", "residual"))
-        w = work(random.choice(NORMS), shape, layout, backward, extra, random.choice((2, 4, 8)), reduce)
+        w = work(random.choice(("batch", "instance")), shape, layout, backward, extra, random.choice((2, 4, 8)), reduce)
         if extra == "bits" and w.geometry.S % 8:
             continue
         for p in candidates.candidates(w, 12):
@@ -681,20 +695,24 @@ def channels_last(x):
 LONG = {"contiguous": (1, 2, 40, 64), "channels_last": (1, 3, 48, 64), "odd": (2, 1, 47, 51)}
 
 
-@pytest.mark.parametrize("layout", LONG)
-@pytest.mark.parametrize("kind", ["batch", "instance"])
+@pytest.mark.parametrize(
+    "kind, layout", [*product(("batch", "instance", "group", "element"), LONG), ("layer", "rows"), ("rms", "rows")]
+)
 def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeypatch):
     torch.manual_seed(0)
-    x, r, dy = (torch.randn(LONG[layout]) for _ in range(3))
+    x, r, dy = (torch.randn(LONG.get(layout, (2, 2100))) for _ in range(3))
     if layout == "channels_last":
         x, r, dy = map(channels_last, (x, r, dy))
+    width = x.shape[1] if kind in ("group", "layer", "rms") else 0
     weight, bias = torch.randn(2, x.shape[1])
-    keep_bits = bool(launch._bits(x, x, []))
+    if kind == "element":
+        kind, weight, bias = "instance", torch.randn_like(x), torch.randn_like(x)
+    keep_bits = bool(launch._bits(x, x, kind, width, []))
 
     def forward():
         return launch.forward(
             x, weight, bias, r, None, None, None, None, None,
-            kind, 0.1, 1e-5, "relu", [], keep_bits, [], "reflect", False,
+            kind, width, 0.1, 1e-5, 0, False, "relu", [], keep_bits, [], "reflect", False,
         )  # fmt: skip
 
     with autotune.mode("0"):
@@ -703,11 +721,14 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
     def backward():
         return launch.backward(
             dy, None, x, weight, bias, None if keep_bits else r, None, None, None,
-            statistics, bits if keep_bits else None, kind, 1e-5, "relu", [], [], "reflect",
+            statistics, bits if keep_bits else None, kind, width, 1e-5, 0, False, "relu", [], [], "reflect",
             [True, True, True, True, False],
         )  # fmt: skip
 
     monkeypatch.setattr(launch, "tune", lambda problem: None)
+    # One that splitting rows is worth while for.
+    monkeypatch.setattr(launch, "_device", lambda index: Device())
+    launch._prepare.cache_clear()
     used, prepare = [], launch.prepare
 
     def spy(*arguments):
@@ -730,6 +751,7 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
             splits = max(splits, plan.splits)
     monkeypatch.setattr(measure.trial, "plan", None)
     monkeypatch.setattr(measure.trial, "problem", None)
+    launch._prepare.cache_clear()
     assert splits > 1
 
 

@@ -49,16 +49,19 @@ def test_shape_lists_are_whole():
     assert {
         ("cyclegan", (16, 64, 256, 256)), ("patchgan", (1, 512, 31, 31)), ("pix2pix", (1, 512, 2, 2)),
         ("dcgan", (64, 512, 4, 4)), ("style", (4, 32, 256, 256)), ("resnet50", (256, 2048, 7, 7)),
-        ("nnunet3d", (2, 32, 128, 128, 128)), ("nnunet2d", (12, 512, 8, 8)),
+        ("nnunet3d", (2, 32, 128, 128, 128)), ("nnunet2d", (12, 512, 8, 8)), ("diffusion", (2, 320, 64, 64)),
+        ("gaugan", (1, 64, 256, 256)), ("adain", (8, 512, 32, 32)), ("biggan", (64, 96, 128, 128)),
+        ("convnext", (32, 96, 56, 56)), ("convnext", (32, 7, 7, 768)), ("transformer", (4096, 4096)),
     } <= found  # fmt: skip
     assert {shape.group for shape in shapes.select(short=True)} == set(shapes.GROUPS)
+    assert set(shapes.QUICK) <= set(shapes.SHORT)
     assert all(shape.dtypes == ("float16", "bfloat16", "float32") for shape in shapes.SHAPES)
 
 
 @pytest.mark.parametrize("shape", shapes.SHAPES, ids=lambda shape: shape.name)
 def test_plain_and_fused_are_the_same_layer(shape, on_torch):
     small = shape.shrunk(2**8)
-    x = [torch.randn(small.shape).contiguous(memory_format=small.memory_format) for _ in range(1 + small.residual)]
+    x = [small.laid_out(torch.randn(size)) for size in small.input_sizes]
     plain, fused = (layers.build(factory, small) for factory in (layers.Plain, layers.Fused))
     fused.load_state_dict(plain.state_dict())
     expected, found = plain(*x), fused(*x)
@@ -78,6 +81,59 @@ def test_known_passes():
     skip = Shape("", "", "instance", (1, 8, 16, 16), residual=True, padding=1, unpadded=True)
     assert passes.minimum(skip)["forward"] == 3 + padded
     assert passes.eager(skip)["backward"] == 5 + 1 + 3 * padded + 3
+
+
+def test_known_passes_of_the_family():
+    """Of forward and backward, fewest and eager."""
+
+    def found(kind, **rest):
+        shape = Shape("", "", kind, (2, 64, 16, 16), **rest)
+        fewest, eager = passes.minimum(shape), passes.eager(shape)
+        return fewest["forward"], fewest["backward"], eager["forward"], eager["backward"]
+
+    assert found("group", activation="silu") == (2, 3, 5, 8)
+    assert found("group", layout="channels_last") == (2, 3, 5, 5)
+    assert found("layer") == found("rms") == found("channels", layout="channels_last") == (2, 3, 3, 7)
+    assert found("channels") == (2, 3, 5, 9)
+    # x, scale, shift, y; x, dy, scale, dx, dscale, dshift, and the shift again for the activation.
+    assert found("batch", form="element") == (4, 6, 11, 11)
+    assert found("batch", form="element", activation="relu") == (4, 7, 13, 14)
+    assert found("instance", form="sample") == (2, 3, 7, 12)
+
+
+def test_smaller_shapes_keep_their_groups_whole():
+    shape = Shape("", "", "group", (2, 640, 32, 32))
+    assert [(s.shape[1], s.groups) for s in (shape.resized((1, c, 8, 8)) for c in (640, 320, 20, 10))] == [
+        (640, 32), (320, 16), (20, 1), (10, 1),
+    ]  # fmt: skip
+    tokens = Shape("", "", "rms", (8192, 768))
+    assert traffic.reduced(tokens, torch.float16, 2**14).shape == (16, 768)
+
+
+FAMILY = {
+    "group": Shape("", "", "group", (4, 8, 16, 16), activation="silu", groups=4),
+    "group, channels_last": Shape("", "", "group", (4, 64, 8, 8), "channels_last", groups=8),
+    "spade": Shape("", "", "instance", (4, 4, 16, 16), activation="relu", form="element"),
+    "adain": Shape("", "", "instance", (4, 4, 16, 16), form="sample"),
+}
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_family_moves_the_minimum(name, in_interpreter):
+    """But for parameters and statistics, in one pass."""
+    totals = {r["direction"]: r for r in traffic.rows(FAMILY[name], "float16", 2**13) if r["kernel"] == traffic.TOTAL}
+    assert totals["forward"]["launches"] == 1
+    for row in totals.values():
+        assert row["minimum"] <= row["bytes"] <= 1.1 * row["minimum"]
+
+
+def test_rows_share_weights_whatever_is_cut(in_interpreter):
+    """One row a program would read a weight and a bias with every element: 4 bytes more."""
+    found = traffic.rows(Shape("", "", "layer", (4096, 64)), "float16", 2**15)
+    forward, backward = (row for row in found if row["kernel"] == traffic.TOTAL)
+    assert forward["measured"] == "512x64"
+    assert forward["bytes"] < 5
+    assert backward["bytes"] < 7.5
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
@@ -176,8 +232,8 @@ def test_the_networks_are_the_known_ones():
 
 
 class SlightlyOff(layers.Plain):
-    def forward(self, x, residual=None):
-        return 1.001 * super().forward(x, residual)
+    def forward(self, *inputs):
+        return 1.001 * super().forward(*inputs)
 
 
 def _fails(error):
@@ -238,7 +294,7 @@ def test_an_interrupt_keeps_what_was_measured(number, tmp_path, on_torch, monkey
 def test_a_budget_ends_the_run(tmp_path, on_torch, capsys):
     assert run.main([*QUICK, "--minutes", "1e-9", "--out", str(tmp_path)]) == 0
     assert table(tmp_path / "run.csv") == []
-    assert "0 of 13 shapes and dtypes measured" in capsys.readouterr().out
+    assert "0 of 15 shapes and dtypes measured" in capsys.readouterr().out
 
 
 @pytest.mark.gpu
@@ -322,7 +378,7 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert readme.NOTHING not in text
     assert "Imagined GPU" in text
     assert "driver 1.2.3" in text
-    assert "| float16 | both | triton_norm | 2.00 | 2.00 | 11 |" in text
+    assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
     assert "](results/imagined/speedup.png)" in text
     assert "memory.png" not in text
 
@@ -423,6 +479,9 @@ def tile(**changes) -> dict:
         # Where the launch pads, the padded tensor is written where its edges go, the others as ever.
         (tile(PAD=(0, 1)), {128: 4}, {16: 40}, 0, "ok"),
         (tile(PAD=(0, 1), plain=torch.empty(0)), {128: 4}, {16: 40}, 0, "narrow stores"),
+        # SPADE's scale and shift are tensors like x; elsewhere they are a number a row.
+        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["element"],)), {128: 4}, {128: 4}, 0, "narrow loads"),
+        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["row"],)), {128: 4}, {128: 4}, 0, "ok"),
         ({"source": torch.empty(0)}, {32: 9}, {32: 1}, 0, "ok"),
     ],
 )

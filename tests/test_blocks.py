@@ -74,6 +74,13 @@ def check_conv_norm_act(dims, norm, transposed, x, steps):
     twins.check(ours, theirs, x, steps=steps)
 
 
+@pytest.mark.parametrize(("channels", "groups"), [(64, 32), (96, 32), (48, 16), (8, 8), (6, 2), (5, 1)])
+def test_number_of_groups(channels, groups):
+    norm = tn.ConvNormAct(3, channels, 1, norm="group").norm
+    assert type(norm) is tn.GroupNorm
+    assert norm.num_groups == groups
+
+
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_padding_of_the_convolution(backend, mode):
     ours = tn.ConvNormAct(3, 4, 3, padding=1, padding_mode=mode, norm="batch", activation="gelu")
@@ -90,9 +97,10 @@ def test_padding_of_the_convolution(backend, mode):
         (functools.partial(nn.InstanceNorm2d, affine=True, track_running_stats=True), False),
         (functools.partial(nn.GroupNorm, 2), True),
         (nn.SyncBatchNorm, False),
+        (tn.LayerNorm2d, True),
         (lambda channels: nn.Conv2d(channels, channels, 1), True),
     ],
-    ids=["batch", "ours", "partial", "group", "sync", "something else"],
+    ids=["batch", "ours", "partial", "group", "sync", "layer", "something else"],
 )
 def test_norm_from_a_callable(make, biased, monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")

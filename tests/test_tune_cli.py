@@ -28,6 +28,18 @@ class Net(torch.nn.Module):
 def eval_net():
     return Net().eval()
 
+class Wide(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.group, self.layer = tn.GroupNorm(2, 4, activation="silu"), tn.LayerNorm((4, 6))
+        self.rms, self.last = tn.RMSNorm(6), tn.LayerNorm2d(4)
+        self.style, self.labelled, self.mask = tn.AdaIN2d(4), tn.ConditionalBatchNorm2d(4, 3), tn.SPADE2d(4, "instance")
+
+    def forward(self, x):
+        x = self.last(self.rms(self.layer(self.group(x))))
+        x = self.mask(self.style(x, x[:, :, 0, 0], x[:, :, 1, 1]), x, x)
+        return self.labelled(x, torch.zeros(2, dtype=torch.int64))
+
 def plain():
     return torch.nn.Conv2d(3, 4, 3)
 
@@ -125,6 +137,20 @@ def test_a_model_is_tuned_norm_by_norm(gpu, capsys, arguments, labels, dtype):
     assert set(lines(capsys.readouterr().out)) == {label.format(dtype) for label in labels}
 
 
+def test_a_model_of_every_norm(gpu, capsys):
+    command = ["tune", "--model", "my_models:Wide", "--input", "2x4x4x6", "--dtype", "float32", "--quick"]
+    assert main(command) == 0
+    each = ("group 2x4x4x6 groups=2 float32", "layer 2x4x4x6 over 24 float32", "rms 2x4x4x6 float32",
+            "layer2d 2x4x4x6 float32", "instance 2x4x4x6 float32", "instance 2x4x4x6 float32 per-element")  # fmt: skip
+    labels = {f"{label} {direction}" for label in each for direction in ("forward", "backward")}
+    # A conditional batch norm: statistics, then planes.
+    labels |= {
+        "batch 2x4x4x6 float32 forward given statistics", "instance 2x4x4x6 float32 forward given statistics",
+        "instance 2x4x4x6 float32 backward given statistics",
+    }  # fmt: skip
+    assert set(lines(capsys.readouterr().out)) == labels
+
+
 def test_a_problem_that_no_plan_solves_is_a_line_of_the_table(gpu, monkeypatch, capsys):
     monkeypatch.setattr(launch.measure, "seconds", lambda call: 1 / 0)
     assert main(["tune", "--shapes", "shapes.txt"]) == 0
@@ -155,12 +181,15 @@ def test_without_tqdm(gpu, monkeypatch, capsys):
 BAD = {
     "nothing": ([], "one of the arguments --shapes --model is required"),
     "both": (["--shapes", "gan", "--model", "my_models:Net"], "not allowed with"),
-    "unknown list": (["--shapes", "gna"], "unknown shapes 'gna': expected gan, resnet, nnunet or a file"),
+    "unknown list": (["--shapes", "gna"], "unknown shapes 'gna': expected gan, resnet, nnunet, diffusion, convnext, "),
     "directory": (["--shapes", "folder"], "cannot read folder: Is a directory"),
     "binary": (["--shapes", "binary"], "cannot read binary: it is not text"),
     "empty": (["--shapes", "empty"], "empty: there is no shape in it"),
-    "bad norm": (["--shapes", "bad_norm"], "bad_norm: line 2: expected 'batch' or 'instance' and a shape, but got"),
+    "bad norm": (["--shapes", "bad_norm"], "line 2: expected a norm (batch, instance, group, layer, layer2d, rms"),
     "bad shape": (["--shapes", "bad_shape"], "line 1: expected a shape such as 1x64x256x256, but got '1x2x0'"),
+    "bad affine": (["--shapes", "bad_affine"], "line 1: per-sample weights are for batch, instance, group norms"),
+    "bad groups": (["--shapes", "bad_groups"], "line 1: expected a number of groups of a group norm, but got 'group"),
+    "no groups": (["--shapes", "no_groups"], "line 1: expected a number of groups of a group norm, but got 'layer"),
     "bad word": (["--shapes", "bad_word"], "unsupported activation 'residul'"),
     "impossible": (["--shapes", "impossible"], "cannot run instance 1x2x1x1: ValueError: Expected more than 1 spatial"),
     "dtype": (["--shapes", "gan", "--dtype", "int8"], "'int8'"),
@@ -182,7 +211,9 @@ def test_refusals_are_one_line(gpu, arguments, message, capsys):
     Path("folder").mkdir()
     Path("binary").write_bytes(b"\xff\xfe\x00")
     for name, text in {"empty": "# none\n", "bad_norm": "\nbath 1x2\n", "bad_shape": "batch 1x2x0",
-                       "bad_word": "batch 1x2x3 residul", "impossible": "instance 1x2x1x1"}.items():  # fmt: skip
+                       "bad_word": "batch 1x2x3 residul", "bad_affine": "rms 4x8 per-sample",
+                       "bad_groups": "group 1x4x2x2 groups=two", "no_groups": "layer 4x8 groups=2",
+                       "impossible": "instance 1x2x1x1"}.items():  # fmt: skip
         Path(name).write_text(text)
     with pytest.raises(SystemExit) as stopped:
         main(["tune", *arguments])
@@ -238,15 +269,50 @@ def test_help_explains_the_file_format(capsys):
     ]
 
 
+FILE = """
+group 2x4x3x2 groups=2 silu channels_last
+layer 3x5 none residual
+rms 3x8 none
+layer2d 2x4x3x3 none
+instance 2x3x4x4 per-sample
+batch 2x3x4x4 per-element leaky_relu channels_last
+batch 2x3x4x6 per-sample
+"""
+
+
+def test_every_norm_of_a_shape_file_is_tuned(gpu, capsys):
+    Path("shapes.txt").write_text(FILE)
+    assert main(["tune", "--shapes", "shapes.txt", "--dtype", "float32"]) == 0
+    labels = set(lines(capsys.readouterr().out))
+    forward = {
+        "group 2x4x3x2 groups=2 float32 channels_last forward", "layer 3x5 float32 forward residual",
+        "rms 3x8 float32 forward", "layer2d 2x4x3x3 float32 forward", "instance 2x3x4x4 float32 forward",
+        "batch 2x3x4x4 float32 channels_last per-element forward", "instance 2x3x4x6 float32 forward given statistics",
+    }  # fmt: skip
+    assert forward <= labels
+    assert {label.replace(" forward", " backward").replace(" residual", "") for label in forward} <= labels
+
+
 def test_named_lists_hold_the_networks_layers():
-    assert set(SHAPES) == {"gan", "resnet", "nnunet"}
-    assert all(
-        case.norm in shapes.NORMS and case.layout in shapes.LAYOUTS for cases in SHAPES.values() for case in cases
-    )
+    assert set(SHAPES) == {"gan", "resnet", "nnunet", "diffusion", "convnext", "transformer"}
+    for case in (case for cases in SHAPES.values() for case in cases):
+        assert case.norm in shapes.NORMS
+        assert case.layout in shapes.LAYOUTS
+        assert case.affine in shapes.AFFINES
+        assert case.shape[1] % case.groups == 0 or case.norm != "group"
     expected = {
-        "gan": [("instance", (16, 512, 31, 31)), ("batch", (1, 512, 2, 2)), ("batch", (64, 512, 4, 4))],
+        "gan": [
+            ("instance", (16, 512, 31, 31)),
+            ("batch", (1, 512, 2, 2)),
+            ("batch", (64, 512, 4, 4)),
+            ("batch", (1, 64, 256, 256)),
+            ("instance", (8, 512, 32, 32)),
+        ],
         "resnet": [("batch", (256, 2048, 7, 7)), ("batch", (32, 64, 112, 112))],
         "nnunet": [("instance", (2, 32, 128, 128, 128)), ("instance", (12, 512, 8, 8))],
+        "diffusion": [("group", (2, size, n, n)) for size, n in ((64, 32), (320, 64), (640, 32), (1280, 16))],
+        "convnext": [("layer2d", (32, 96, 56, 56)), ("layer", (128, 7, 7, 768))],
+        "transformer": [(norm, (8192, size)) for norm in ("layer", "rms") for size in (768, 1024)],
     }
     for name, norms in expected.items():
         assert set(norms) <= {(case.norm, case.shape) for case in SHAPES[name]}

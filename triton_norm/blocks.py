@@ -23,9 +23,10 @@ class ConvNormAct(nn.Module):
 
     The convolution is ``torch.nn.Conv{dims}d`` or, with ``transposed``, ``ConvTranspose{dims}d``, and takes the
     arguments up to ``output_padding`` as they do; x is (N, C, *spatial) with ``dims`` spatial dims. ``norm`` is
-    "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``), "none", or a
-    callable such as a class or ``functools.partial`` that makes the norm from ``out_channels``. ``activation`` is what
-    the norms of this package take. ``pad_output`` pads the result for the next convolution, in that pass too.
+    "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``; for another one,
+    ``functools.partial(tn.GroupNorm, groups)``), "none", or a callable such as a class or ``functools.partial`` that
+    makes the norm from ``out_channels``. ``activation`` is what the norms of this package take. ``pad_output`` pads the
+    result for the next convolution, in that pass too.
 
     Called with ``return_unpadded=True`` it gives ``(padded, unpadded)``. The ``state_dict`` keys are those of the
     convolution under ``conv.`` and of the norm under ``norm.``.
@@ -214,8 +215,7 @@ def _make_norm(norm: str | NormLayer, channels: int, dims: int) -> nn.Module:
     if norm in ("instance", "batch"):
         return getattr(modules, f"{norm.title()}Norm{dims}d")(channels)
     if norm == "group":
-        # to_ours makes it ours where there is such a class.
-        return nn.GroupNorm(math.gcd(32, channels), channels)
+        return modules.GroupNorm(math.gcd(32, channels), channels)
     if norm == "none":
         return convert.Elementwise(channels, dims)
     raise ValueError(f"unknown norm {norm!r}: expected {', '.join(map(repr, _NORMS))} or a callable")

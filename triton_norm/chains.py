@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.fx import Node
 
 from . import convert, trace
-from .convert import Elementwise, activation_of, dims_of, is_plain, padding_of, tidy_padding
+from .convert import activation_of, dims_of, is_norm, padding_of, takes_padding, tidy_padding
 from .reference import PADDING_MODES
 
 #: Function or method name -> (name of the torch.nn class, its numbers in the order of the function's arguments).
@@ -27,7 +27,7 @@ _ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 _METHODS = ("relu", "sigmoid", "tanh")
 _PAD_NAMES = {theirs: ours for ours, theirs in PADDING_MODES.items()}
 #: Modules that return new memory and leave their input as it was.
-_PURE = (nn.modules.conv._ConvNd, nn.Linear, nn.modules.batchnorm._NormBase, nn.GroupNorm, Elementwise)
+_PURE = (nn.modules.conv._ConvNd, nn.Linear, *convert.NORMS)
 
 
 @dataclass
@@ -103,6 +103,8 @@ class Finder:
                 chain.act, chain.activation = reader, activation
             else:
                 break
+        if not takes_padding(norm):
+            return chain
         for reader in sorted(chain.value.users, key=self.order.__getitem__):
             padding = None if reader in self.taken else self._padding(reader, dims_of(norm))
             if padding is not None and self._unchanged(chain.value, reader, chain.value):
@@ -165,7 +167,7 @@ class Finder:
         sides, mode = given.get("pad"), _PAD_NAMES.get(given.get("mode", "constant"))
         if mode is None or given.get("value") not in (None, 0) or not isinstance(sides, (tuple, list)) or not sides:
             return None
-        return tidy_padding(sides, dims or len(sides) // 2, mode)
+        return tidy_padding(sides, dims, mode)
 
     def _unchanged(self, start: Node, end: Node, tensor: Node) -> bool:
         """Whether nothing between these two nodes can write into ``tensor``."""
@@ -178,7 +180,7 @@ class Finder:
             return target is tensor or not self._is_new(target)
         if node.op != "call_module":
             return False
-        known = type(self.modules[node.target]).__module__.startswith("torch.nn") or is_norm(self.modules[node.target])
+        known = type(self.modules[node.target]).__module__.startswith(("torch.nn", f"{__package__}."))
         return not known and tensor in node.all_input_nodes
 
     def _is_new(self, node: Node) -> bool:
@@ -186,12 +188,6 @@ class Finder:
         while (source := trace.mutated(node, self.modules)) is not None:
             node = source
         return node.op == "call_module" and isinstance(self.modules[node.target], _PURE)
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm that more can be fused into."""
-    kind = type(module)
-    return kind in convert.OURS or ((kind in convert.OURS.values() or kind is Elementwise) and is_plain(module))
 
 
 def _functions(name: str) -> list[Any]:
@@ -234,15 +230,15 @@ def call(
     return_unpadded: bool, in_place: bool,
 ) -> Any:  # fmt: skip
     """``convert.normalize``, also for addends that are no ``residual``: numbers, other shapes and dtypes."""
-    options = {"padding": padding, "padding_mode": padding_mode, "return_unpadded": return_unpadded}
+    rest = padding, padding_mode, return_unpadded
     if residual is None or (
         isinstance(residual, Tensor)
         and residual.shape == x.shape
         and residual.dtype == x.dtype
         and residual.device == x.device
     ):
-        return norm(x, residual, activation=activation, **options)
-    y = norm(x, activation=None, padding=0)
+        return convert.normalize(norm, x, residual, activation, *rest)
+    y = convert.normalize(norm, x)
     y = y.add_(residual) if in_place else y + residual
     y = y if activation is None else convert.resolve(activation)(y)
-    return convert.finish(y, padding, padding_mode, return_unpadded)
+    return convert.finish(y, *rest)

@@ -14,9 +14,13 @@ __all__ = ["Elementwise", "absorb", "activation_of", "fuse_neighbours", "normali
 #: torch's norms and their fused namesakes. Exact types: what a subclass computes is its own business.
 OURS: dict[type[nn.Module], type[nn.Module]] = {
     getattr(nn, name): getattr(modules, name)
-    for name in (*(f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)), "GroupNorm")
-    if hasattr(modules, name)
+    for name in (
+        *(f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)),
+        *("SyncBatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"),
+    )
 }
+#: What more can be fused into: the others of ours are called with more than one tensor.
+_OPEN = (*OURS.values(), modules.LayerNorm2d)
 
 _PADS = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros"}
 _PAD_MODES: dict[type[nn.Module], tuple[str, int]] = {
@@ -68,22 +72,43 @@ class Elementwise(nn.Module):
         return ", ".join(parts)
 
 
+#: All that a model's norms are instances of.
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, modules._Activated, Elementwise)
+
+
 def to_ours(norm: nn.Module) -> nn.Module | None:
     """``norm`` as our class, with the same parameters, buffers, hooks and attributes; None if we have no such class."""
-    if type(norm) in OURS.values() or type(norm) is Elementwise:
+    if type(norm) in _OPEN or type(norm) is Elementwise:
         return norm
     cls = OURS.get(type(norm))
     if cls is None:
         return None
     ours = cls.__new__(cls)
     # The dictionaries themselves are shared, so that the handle of a hook still removes it.
-    ours.__dict__.update(norm.__dict__, activation=None, padding=0, padding_mode="reflect")
+    ours.__dict__.update(norm.__dict__, activation=None)
+    if takes_padding(ours):
+        ours.__dict__.update(padding=0, padding_mode="reflect")
     return ours
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether the module is a norm that more can be fused into."""
+    kind = type(module)
+    return kind in OURS or ((kind in _OPEN or kind is Elementwise) and is_plain(module))
+
+
+def is_ours(module: nn.Module) -> bool:
+    return isinstance(module, (modules._Activated, Elementwise))
 
 
 def is_plain(norm: nn.Module) -> bool:
     """Whether nothing has been fused into this norm of ours yet."""
-    return norm.activation is None and norm.padding == 0
+    return norm.activation is None and getattr(norm, "padding", 0) == 0
+
+
+def takes_padding(norm: nn.Module) -> bool:
+    """Whether padding can be fused into this norm, torch's or ours: rows of features have no borders."""
+    return issubclass(OURS.get(type(norm), type(norm)), (modules._Fused, Elementwise))
 
 
 def dims_of(norm: nn.Module) -> int | None:
@@ -105,14 +130,15 @@ def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...
     mode, n = _PAD_MODES.get(type(layer), (None, None))
     if mode is None or n != (dims or n) or getattr(layer, "value", 0) != 0:
         return None
-    return tidy_padding(layer.padding, n, mode)
+    return tidy_padding(layer.padding, dims, mode)
 
 
-def tidy_padding(sides: Sequence[int], dims: int, mode: str) -> tuple[int | tuple[int, ...], str] | None:
-    """The same, of torch's (left, right, ...) over ``dims`` dims; None where it crops."""
-    if len(sides) != 2 * dims or not all(isinstance(p, int) and p >= 0 for p in sides):
+def tidy_padding(sides: Sequence[int], dims: int | None, mode: str) -> tuple[int | tuple[int, ...], str] | None:
+    """The same, of torch's (left, right, ...) over ``dims`` dims (None: any); None where it crops."""
+    if len(sides) != 2 * (dims or len(sides) // 2) or not all(isinstance(p, int) and p >= 0 for p in sides):
         return None
-    return (sides[0] if len(set(sides)) == 1 else tuple(sides)), mode
+    # One number stands for every side, and how many there are is only known with dims.
+    return (sides[0] if dims and len(set(sides)) == 1 else tuple(sides)), mode
 
 
 def absorb(
@@ -144,7 +170,7 @@ def fuse_neighbours(layers: Sequence[nn.Module]) -> list[nn.Module]:
         if end < len(fused) and has_fixed_activation(fused[end]):
             activation = fused[end]
             end += 1
-        if end < len(fused):
+        if end < len(fused) and takes_padding(norm):
             pad = padding_of(fused[end], dims_of(norm))
             end += pad is not None
         absorb(norm, activation, pad)
@@ -167,13 +193,17 @@ def normalize(
     return_unpadded: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other."""
-    if isinstance(norm, (modules._Fused, Elementwise)):
+    if is_ours(norm) and takes_padding(norm):
         return norm(
             x, residual, activation=activation, padding=padding, padding_mode=padding_mode,
             return_unpadded=return_unpadded,
         )  # fmt: skip
-    y = norm(x)
-    return finish(resolve(activation)(y if residual is None else y + residual), padding, padding_mode, return_unpadded)
+    if is_ours(norm):
+        y = norm(x, residual, activation=activation)
+    else:
+        y = norm(x)
+        y = resolve(activation)(y if residual is None else y + residual)
+    return finish(y, padding, padding_mode, return_unpadded)
 
 
 def finish(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import convert, modules, trace
+from . import convert, trace
 from .blocks import ConvNormAct
-from .chains import Chain, Finder, is_norm, replace
-from .convert import Elementwise
+from .chains import Chain, Finder, replace
+from .convert import Elementwise, is_norm, is_ours
 
 __all__ = ["FuseReport", "fuse", "fuse_report"]
 
@@ -100,6 +100,8 @@ def _shared_copy(model: nn.Module) -> nn.Module:
         for value in (*module._parameters.values(), *module._buffers.values(), *module.__dict__.values()):
             if isinstance(value, Tensor):
                 memo[id(value)] = value
+        if isinstance(module, nn.SyncBatchNorm):
+            memo[id(module.process_group)] = module.process_group
         for name in trace.HOOKS:
             for hook in module.__dict__.get(name, {}).values():
                 # A hook that is a module's own method moves to the copy.
@@ -120,7 +122,7 @@ class _Fuser:
 
     def visit(self, path: str, module: nn.Module) -> None:
         """Fuses inside ``module``, by its graph if there is one."""
-        if not any(True for _ in module.children()) or _is_closed(module) or isinstance(module, modules._Fused):
+        if not any(True for _ in module.children()) or _is_closed(module) or is_ours(module):
             return
         try:
             graph = trace.trace(module)
@@ -236,7 +238,9 @@ class _Fuser:
                 activation = following
                 run.append(following)
                 following = children[i + 2]
-            padding = None if following is None else convert.padding_of(following, convert.dims_of(norm))
+            padding = None
+            if following is not None and convert.takes_padding(norm):
+                padding = convert.padding_of(following, convert.dims_of(norm))
             if padding is not None and self.is_alone(following):
                 run.append(following)
             else:
@@ -280,7 +284,7 @@ class _Fuser:
             return False
         self.report.folded[self.path[id(conv)]] = f"{type(norm).__name__} {self.path[id(norm)]}"
         rest = Elementwise(
-            norm.num_features, convert.dims_of(norm), getattr(norm, "activation", None), getattr(norm, "padding", 0),
+            norm.num_features, len(conv.kernel_size), getattr(norm, "activation", None), getattr(norm, "padding", 0),
             getattr(norm, "padding_mode", "reflect"),
         )  # fmt: skip
         self.put(conv, fuse_conv_bn_eval(conv, norm, transposed))
@@ -293,12 +297,12 @@ class _Fuser:
         """Every other norm becomes ours; returns the root, which may be one."""
         done: dict[int, nn.Module] = {}
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
-            if isinstance(module, (modules._Fused, Elementwise)) or path in self.report.fused:
-                self.swap(path, module, done)
-                if isinstance(module, modules._Fused):
-                    self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
+            if not isinstance(module, convert.NORMS) or any(is_ours(m) for m in self.parents(path)):
                 continue
-            if not isinstance(module, (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)):
+            if is_ours(module) or path in self.report.fused:
+                self.swap(path, module, done)
+                if not isinstance(module, Elementwise):
+                    self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
                 continue
             if type(module) not in convert.OURS:
                 reason = f"{type(module).__name__} is no norm of torch.nn that this package fuses"
@@ -321,7 +325,9 @@ class _Fuser:
             self.root.get_submodule(parent)._modules[name] = ours
 
     def parents(self, path: str) -> list[nn.Module]:
-        names = path.split(".")[:-1] if path else []
+        if not path:
+            return []
+        names = path.split(".")[:-1]
         return [self.root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
 
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import Node
 
-from .convert import Elementwise
+from .convert import is_ours
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -74,7 +74,7 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
-            isinstance(m, Elementwise)
+            is_ours(m)
             or is_opaque(m)
             # A subclass of one of torch's layers is a layer too.
             or any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in type(m).__mro__)

@@ -28,8 +28,9 @@ NAME = "tune"
 SUMMARY = "find the fastest plans for a list of shapes or for a model, and remember them"
 DETAILS = (
     "Measures every plan that the cost model gives a chance, forward and backward, and keeps the winners in the table "
-    "that all later runs read. Needs a GPU. A shape FILE has one norm a line: `batch` or `instance`, a shape, and in "
-    "any order channels_last, residual and an activation or none (the default is relu), such as "
+    f"that all later runs read. Needs a GPU. A shape FILE has one norm a line: {', '.join(shapes.NORMS)}, a shape, and "
+    "in any order channels_last, residual, an activation or none (the default is relu), groups=N (of a group norm; the "
+    "default is 32) and per-sample or per-element weights (AdaIN, SPADE), such as "
     "`instance 1x64x256x256 channels_last leaky_relu residual`; # starts a comment."
 )
 
@@ -114,23 +115,29 @@ def channels_last(t: Tensor) -> Tensor:
 
 def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     x = torch.randn(case.shape, dtype=dtype, device=device)
-    if case.layout == "channels_last":
+    features = case.norm in ("layer", "rms")
+    if case.layout == "channels_last" and not features:
         x = channels_last(x)
-    weight, bias = (torch.ones(case.shape[1], device=device, requires_grad=True) for _ in range(2))
-    if dtype == torch.float64:
-        weight, bias = (p.detach().double().requires_grad_() for p in (weight, bias))
-    keywords = {
-        "weight": weight,
-        "bias": bias,
-        "residual": torch.randn_like(x).requires_grad_() if case.residual else None,
-        "activation": case.activation,
-        "padding": case.padding,
-    }
-    x.requires_grad_()
-    if case.norm == "batch":
-        y = functional.batch_norm(x, None, None, training=True, **keywords)
+    if case.affine == "per-element":
+        weight, bias = (torch.ones_like(x, requires_grad=True) for _ in range(2))
     else:
-        y = functional.instance_norm(x, **keywords)
+        size = x.shape[-1:] if features else x.shape[:2] if case.affine == "per-sample" else x.shape[1:2]
+        wide = torch.promote_types(dtype, torch.float32)
+        weight, bias = (torch.ones(size, dtype=wide, device=device, requires_grad=True) for _ in range(2))
+    rest = {"activation": case.activation, "residual": torch.randn_like(x).requires_grad_() if case.residual else None}
+    x.requires_grad_()
+    if case.norm == "rms":
+        y = functional.rms_norm(x, weight.shape, weight, **rest)
+    elif case.norm == "layer":
+        y = functional.layer_norm(x, weight.shape, weight, bias, **rest)
+    elif case.norm == "layer2d":
+        y = functional._channel_norm(x, weight.shape, weight, bias, 1e-5, padding=case.padding, **rest)
+    else:
+        y = {
+            "batch": partial(functional.batch_norm, running_mean=None, running_var=None, training=True),
+            "instance": functional.instance_norm,
+            "group": partial(functional.group_norm, num_groups=case.groups),
+        }[case.norm](x, weight=weight, bias=bias, padding=case.padding, **rest)
     y.backward(torch.randn_like(y))
 
 
@@ -183,9 +190,14 @@ def progress(items: list[T], doing: str) -> Iterator[T]:
 
 
 def label(problem: Problem) -> str:
-    kind, shape, strides, _, dtype, backward, reduce, extra, *_ = problem.arguments
-    words = [kind, "x".join(map(str, shape)), str(dtype).removeprefix("torch.")]
-    words += ["channels_last"] if len(shape) > 2 and strides[1] == 1 and shape[1] > 1 else []
+    kind, shape, strides, _, dtype, backward, reduce, extra, width, affine, *_ = problem.arguments
+    features = kind in ("layer", "rms")
+    words = ["layer2d" if kind == "channels" else kind, "x".join(map(str, shape))]
+    words += [f"over {width}"] if features and width != shape[-1] else []
+    words += [f"groups={shape[1] // width}"] if kind in ("group", "planes") and width else []
+    words += [str(dtype).removeprefix("torch.")]
+    words += ["channels_last"] if not features and len(shape) > 2 and strides[1] == 1 and shape[1] > 1 else []
+    words += ["per-element"] if affine == "element" else []
     words += ["backward" if backward else "forward"]
     words += [] if reduce else ["given statistics"]
     return " ".join(words + ([extra] if extra != "none" else []))
