@@ -142,15 +142,15 @@ def register_limit(
     if geometry.padded:
         return FULL_TILE // 2
     aligned = _vectorizes(geometry)
+    # Rows of groups whose size is no power of two are not neighbours, so every one has an offset to keep.
+    uneven = geometry.group != power_of_2(geometry.group)
     if not backward:
-        free = itemsize == 2 and (extra == "none" if geometry.transposed else aligned)
+        free = itemsize == 2 and (extra == "none" and not uneven if geometry.transposed else aligned)
         return 2 * FULL_TILE if free else FULL_TILE
     if geometry.transposed:
         # One row per program has its offsets folded (by whole bytes of bits); several leave no room for an operand.
         fits = extra == "none" or (extra == "bits" and itemsize == 2 and columns == FULL_TILE)
-        # Rows of groups whose size is no power of two are not neighbours, so every one has an offset to keep.
-        even = geometry.S % 32 == 0 and geometry.group == power_of_2(geometry.group)
-        return FULL_TILE if fits and even else FULL_TILE // 2
+        return FULL_TILE if fits and geometry.S % 32 == 0 and not uneven else FULL_TILE // 2
     if itemsize == 2:
         return FULL_TILE if extra == "none" or aligned else FULL_TILE // 2
     # Offsets in k as well as in s leave less room for numbers.
