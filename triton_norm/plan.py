@@ -134,6 +134,7 @@ def register_limit(
     if affine == "column":
         # The affine, and backward two sums per column, beside the tile itself.
         if backward:
+            # Rows of up to 8192 spill a few bytes a thread; walked in tiles they would be read twice more.
             long = itemsize == 2 and extra == "none" and columns > FULL_TILE // 4
             return FULL_TILE // (2 if long else 4) * 4 // max(itemsize, 4)
         return FULL_TILE // (1 if extra == "none" else 2) * 4 // max(itemsize, 4)
@@ -186,7 +187,9 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
     if geometry.transposed:
         # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
         steps = max(steps, min(4, tiles))
-    per_thread = _per_thread(geometry, backward, geometry.transposed) // (1 if affine == "row" else 2)
+    per_thread = _per_thread(geometry, backward, geometry.transposed or affine == "element")
+    if affine == "column":
+        per_thread //= 2
     warps = _warps(rows * block_k * block_s, per_thread, 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
 
