@@ -5,6 +5,7 @@ element. Gradients of parameters are sums over many elements, some of which canc
 the norm of the difference against the norm of the expected gradient.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 
@@ -43,6 +44,19 @@ BY_NAME: dict[str, nn.Module] = {
     "hardsigmoid": nn.Hardsigmoid(),
     "softsign": nn.Softsign(),
 }
+
+
+def torchs(name: str, *args, **options) -> nn.Module:
+    """torch's own module; ``bias=False`` also where its release does not know that."""
+    cls = getattr(nn, name)
+    if "bias" in inspect.signature(cls).parameters:
+        return cls(*args, **options)
+    bias = options.pop("bias", True)
+    module = cls(*args, **options)
+    if not bias:
+        module.bias = None
+    return module
+
 
 #: Kinds that normalize trailing dims.
 ROWS = ("layer", "rms")

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import arguments, assert_close, broadcast, call, check
+from oracle import arguments, assert_close, broadcast, call, check, torchs
 from test_functional import LAYOUTS, SMOOTH
 from torch import nn
 
@@ -447,13 +447,13 @@ def test_signature_repr_and_state(name):
     ours, theirs = getattr(tn, name), getattr(nn, name)
     assert issubclass(ours, theirs)
     parameters = list(inspect.signature(ours).parameters.values())
-    for mine, torchs in zip(parameters, inspect.signature(theirs).parameters.values(), strict=False):
-        assert (mine.name, mine.default, mine.kind) == (torchs.name, torchs.default, torchs.kind)
+    for mine, other in zip(parameters, inspect.signature(theirs).parameters.values(), strict=False):
+        assert (mine.name, mine.default, mine.kind) == (other.name, other.default, other.kind)
     assert tuple(p.name for p in parameters)[-len(ADDS[name]) :] == ADDS[name]
     for args, options in NAMESAKES[name]:
-        module, twin = ours(*args, **options), randomized(theirs(*args, **options))
+        module, twin = ours(*args, **options), randomized(torchs(name, *args, **options))
         assert repr(module) == repr(twin)
-        fresh = theirs(*args, **options).state_dict()
+        fresh = torchs(name, *args, **options).state_dict()
         assert list(module.state_dict()) == list(fresh)
         assert module.state_dict()._metadata == fresh._metadata
         assert all(torch.equal(t, fresh[key]) for key, t in module.state_dict().items())
@@ -471,7 +471,7 @@ def test_signature_repr_and_state(name):
 @pytest.mark.parametrize("name", NAMESAKES)
 def test_namesakes(backend, name, mode):
     for args, options in NAMESAKES[name]:
-        theirs = randomized(getattr(nn, name)(*args, **options).to(backend.device)).double()
+        theirs = randomized(torchs(name, *args, **options).to(backend.device)).double()
         ours = getattr(tn, name)(*args, **options, activation="gelu", device=backend.device)
         ours.load_state_dict(theirs.state_dict())
         for step in range(2):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from oracle import assert_close, assert_close_as_vectors
+from oracle import assert_close, assert_close_as_vectors, torchs
 from torch import nn
 
 import triton_norm as tn
@@ -34,7 +34,7 @@ def shape_of(name):
 def pair(name, backend, dtype=torch.float32, activation=None, **options):
     """Ours, and torch's in float64 on the CPU with the same random parameters."""
     ours = getattr(tn, name)(4, **options, device=backend.device, dtype=dtype, activation=activation)
-    theirs = getattr(nn, name)(4, **options, dtype=torch.float64)
+    theirs = torchs(name, 4, **options, dtype=torch.float64)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in theirs.parameters():
@@ -144,7 +144,7 @@ def test_half_input_float_parameters(backend, name):
 def test_channel_mismatch_without_affine_warns(backend, name):
     """torch's InstanceNorm takes any number of channels then, and says so; its BatchNorm minds only its statistics."""
     options = {"affine": False, "track_running_stats": False, "device": backend.device}
-    ours, theirs = getattr(tn, name)(5, **options), getattr(nn, name)(5, **options)
+    ours, theirs = getattr(tn, name)(5, **options), torchs(name, 5, **options)
     x = batch(shape_of(name), backend)
     if name.startswith("Instance"):
         with pytest.warns(UserWarning, match="does not match num_features"):
@@ -161,8 +161,8 @@ def test_signature_and_repr(name):
     ours, theirs = getattr(tn, name), getattr(nn, name)
     assert issubclass(ours, theirs)
     names = list(inspect.signature(ours).parameters.values())
-    for mine, torchs in zip(names, inspect.signature(theirs).parameters.values(), strict=False):
-        assert (mine.name, mine.default, mine.kind) == (torchs.name, torchs.default, torchs.kind)
+    for mine, other in zip(names, inspect.signature(theirs).parameters.values(), strict=False):
+        assert (mine.name, mine.default, mine.kind) == (other.name, other.default, other.kind)
     assert [p.name for p in names][-3:] == ["activation", "padding", "padding_mode"]
     assert repr(ours(4, 1e-3, 0.2, True, False)) == repr(theirs(4, 1e-3, 0.2, True, False))
     assert repr(ours(4, affine=False)) == repr(theirs(4, affine=False))
@@ -184,7 +184,7 @@ def test_repr_of_the_fused_parts():
 @pytest.mark.parametrize("name", NAMES)
 def test_checkpoints_go_both_ways(name, options):
     ours = getattr(tn, name)(4, **OPTIONS[options], activation="relu", padding=1)
-    theirs = getattr(nn, name)(4, **OPTIONS[options])
+    theirs = torchs(name, 4, **OPTIONS[options])
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert ours.state_dict()._metadata == theirs.state_dict()._metadata
     for t in theirs.state_dict().values():
@@ -199,7 +199,7 @@ def test_checkpoints_go_both_ways(name, options):
 @pytest.mark.parametrize("name", NAMES)
 def test_old_checkpoints(name):
     """Before version 2 there was no num_batches_tracked; before version 1 InstanceNorm always had statistics."""
-    old = getattr(nn, name)(4, affine=True, track_running_stats=True).state_dict()
+    old = torchs(name, 4, affine=True, track_running_stats=True).state_dict()
     del old["num_batches_tracked"], old._metadata[""]["version"]
     ours = getattr(tn, name)(4, affine=True, track_running_stats=True)
     ours.load_state_dict(dict(old))

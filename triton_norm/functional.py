@@ -293,8 +293,12 @@ def _runs_in_float32(kind: str, device: str) -> bool:
     return (_listed_for_float32 if torch.compiler.is_compiling() else _remembered)(kind, device)
 
 
+# Asked once: the compiler of older releases of torch cannot trace the question.
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
+
+
 def _autocasts(device: str) -> bool:
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
 
 
 def _to_float32(t: Tensor | None) -> Tensor | None:
