@@ -15,11 +15,13 @@ from triton_norm import launch
 
 #: Planes of GANs and ResNets, (N, C, H, W); all aligned. Between them they meet every regime and limit of plan.py.
 SHAPES = [(1, 64, 128, 128), (4, 64, 64, 64), (4, 256, 32, 32), (32, 256, 56, 56), (1, 64, 256, 256), (16, 512, 8, 8)]
+#: Those that 16 does not divide, but 4 or 8 does: planes, or channels in channels_last.
+UNEVEN = [(32, 64, 14, 14), (8, 24, 10, 100)]
 PADDED = [(1, 64, 64, 64), (1, 128, 128, 128), (1, 64, 256, 256)]
 #: Of group norms, with the channels in a group.
 GROUPS = [((4, 64, 32, 32), 2), ((2, 320, 64, 64), 10), ((8, 1280, 16, 16), 40), ((2, 128, 128, 128), 4)]
 #: Rows of layer and RMS norms.
-ROWS = [(8192, 96), (4096, 768), (2048, 4096), (1024, 8192), (64, 65536)]
+ROWS = [(8192, 96), (4096, 200), (4096, 768), (2048, 4096), (1024, 8192), (64, 65536)]
 POSITIONS = [(8, 96, 56, 56), (4, 768, 8, 8)]
 #: With a weight and a bias per element, or per sample and channel.
 WIDE = [(1, 64, 128, 128), (2, 256, 32, 32)]
@@ -67,7 +69,8 @@ def cases() -> Iterator[tuple]:
     def both(index: int) -> Iterator[tuple]:
         return iter([(torch.float16, index % 2 == 0), (torch.float32, index % 2 == 1)])
 
-    for index, (shape, layout, kind) in enumerate(itertools.product(SHAPES, LAYOUTS, ("instance", "batch"))):
+    shapes = [*SHAPES, *UNEVEN]
+    for index, (shape, layout, kind) in enumerate(itertools.product(shapes, LAYOUTS, ("instance", "batch"))):
         for dtype, residual in both(index):
             yield kind, shape, layout, dtype, residual
     for index, (shape, layout, kind) in enumerate(itertools.product(PADDED, LAYOUTS, ("instance", "batch"))):

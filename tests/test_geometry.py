@@ -31,6 +31,37 @@ def test_rows_hold_the_elements_that_are_normalized_together(shape, kind):
         assert torch.equal(torch.arange(g.rows) % g.channels, torch.arange(len(want)) % shape[1])
 
 
+@pytest.mark.parametrize(
+    "kind, shape, memory_format, want",
+    [
+        ("instance", (2, 3, 14, 14), torch.contiguous_format, (1, 4)),
+        ("instance", (2, 3, 10, 100), torch.contiguous_format, (1, 8)),
+        ("instance", (2, 3, 7, 7), torch.contiguous_format, (1, 1)),
+        ("batch", (2, 3, 6, 6), torch.contiguous_format, (1, 4)),
+        ("batch", (2, 24, 7, 7), torch.channels_last, (8, 1)),
+        ("instance", (2, 10, 5, 5), torch.channels_last, (2, 1)),
+        # Triton sees 16 by itself.
+        ("instance", (2, 3, 8, 8), torch.contiguous_format, (1, 1)),
+        ("batch", (2, 32, 7, 7), torch.channels_last, (1, 1)),
+    ],
+)
+def test_alignment(kind, shape, memory_format, want):
+    y = torch.empty(shape).contiguous(memory_format=memory_format).stride()
+    assert view(kind, shape, y, y).alignment == want
+
+
+def test_alignment_holds_for_every_tensor_of_a_call():
+    shape = (2, 4, 6, 6)
+    x, y = torch.empty(2, 9, 6, 6)[:, 1:5], torch.empty(shape)
+    assert view("instance", shape, x.stride(), y.stride()).alignment == (1, 4)
+    x = torch.empty(2, 4, 37)[..., 1:].unflatten(2, (6, 6))
+    assert view("instance", shape, x.stride(), y.stride()).alignment == (1, 1)
+    x = torch.empty(2, 4, 6, 12)[..., ::2]
+    assert view("instance", shape, x.stride(), y.stride()).alignment == (1, 1)
+    x = torch.empty(shape).contiguous(memory_format=torch.channels_last)
+    assert view("instance", shape, x.stride(), y.stride()).alignment == (1, 1)
+
+
 def test_dimensions_are_merged():
     assert merge([(2, 60), (3, 20), (4, 5), (5, 1)]) == [(120, 1)]
     assert merge([(2, 60), (1, 7), (4, 5), (5, 1)]) == [(2, 60), (20, 1)]

@@ -1,6 +1,7 @@
 """The kernels, compiled for GPUs that need not be there, at the block sizes the heuristic picks."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,8 +42,17 @@ def _full_width(row: dict) -> bool:
     # The lines of a padded tensor begin anywhere, so what is written to it and read from it is narrow.
     if row["kernel"] not in TILED or row["padding"] or _too_long_to_be_wide(row):
         return True
-    loads, stores = ({int(width): n for width, n in row[key].items()} for key in ("loads", "stores"))
-    return 128 in loads and (row["kernel"] not in WRITES_TILES or 128 in stores)
+    loads, stores = (max(map(int, row[key])) for key in ("loads", "stores"))
+    width = 8 * math.gcd(_line(row) * row["itemsize"], 16)
+    return loads >= width and (row["kernel"] not in WRITES_TILES or stores >= width)
+
+
+def _line(row: dict) -> int:
+    """Elements that lie side by side and are normalized alike, so that a line begins at a multiple of their number."""
+    if len(row["shape"]) != 4:
+        return row["width"]
+    _, channels, *plane = row["shape"]
+    return channels if row["layout"] == "channels_last" else math.prod(plane)
 
 
 def _too_long_to_be_wide(row: dict) -> bool:

@@ -18,6 +18,7 @@ one dimension of N * C rows and a channels_last batch norm C rows of N * H * W c
 """
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 Strides = tuple[int, int, int, int]
 
@@ -63,6 +64,21 @@ class Geometry:
     def wide(self) -> bool:
         """Whether a column's offset within its row can exceed 32 bits."""
         return any((self.K - 1) * k + (self.S - 1) * s >= 2**31 for _, _, k, s in (self.x, self.y))
+
+    @property
+    def alignment(self) -> tuple[int, int]:
+        """Powers of two, at most 8, one of which divides G or S, along which neighbours in memory lie, and every stride
+        but that of 1. The other is 1, and so are both where neither is above 1, where 16 divides all and in padding.
+        """
+        along_g = self.transposed
+        strides = [(self.A, 0), (self.G, 1), (self.K, 2), (self.S, 3)]
+        unit = strides.pop(1 if along_g else 3)[1]
+        if self.padded or self.x[unit] != 1 or self.y[unit] != 1:
+            return 1, 1
+        numbers = [self.G if along_g else self.S]
+        numbers += [across[axis] for across in (self.x, self.y) for size, axis in strides if size > 1]
+        common = gcd(*numbers, 16) % 16
+        return (max(common, 1), 1) if along_g else (1, max(common, 1))
 
     def folded(self, fold: int) -> "Geometry":
         """The same rows with their S columns laid as (fold, S / fold). K must be 1."""

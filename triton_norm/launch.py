@@ -49,8 +49,8 @@ class Launch(NamedTuple):
     tile: tuple[int, ...]
     #: AFFINE, GROUP and SPAN of NORM
     norm: tuple[int, int, int]
-    #: ACC, EVEN, WIDE
-    acc: tuple[tl.dtype, bool, bool]
+    #: ACC, EVEN, LAYOUT
+    acc: tuple[tl.dtype, bool, tuple[bool, int, int]]
     #: The accumulation dtype, for torch.
     dtype: torch.dtype
     #: What to measure for a better plan, if that has not been done.
@@ -123,7 +123,7 @@ def _layout(problem: Problem, plan: Plan, untuned: bool = False) -> Launch:
         (*geometry.x, *geometry.y, geometry.H, geometry.y_d),
         (plan.rows, plan.block_k, plan.block_s),
         (AFFINES[affine], geometry.group, plan.span(geometry)),
-        (tl.float64 if double else tl.float32, plan.fits(geometry), geometry.wide),
+        (tl.float64 if double else tl.float32, plan.fits(geometry), (geometry.wide, *geometry.alignment)),
         torch.float64 if double else torch.float32,
         problem if untuned else None,
     )

@@ -35,6 +35,22 @@ from .tiles import (
 
 
 @triton.jit
+def load_dy(
+    dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d,
+    PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """A tile of the gradient of what the forward pass wrote, and the offsets of all dense tensors but x."""
+    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
+    if PAD is None:
+        return tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC), row_at, k_at, s_at
+    else:
+        dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, LAYOUT)
+        if dplain is not None:
+            dz += tl.load(dplain + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
+        return dz, x_row_at, x_k_at, x_s_at
+
+
+@triton.jit
 def through_bits(
     d, bits, tile, row, live, K, S, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -78,7 +94,7 @@ def _whole_rows(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, in registers. Returns dz and x̂."""
@@ -86,20 +102,15 @@ def _whole_rows(
     GROUP: tl.constexpr = NORM[2]
     CENTERED: tl.constexpr = NORM[4]
     CORRECTION: tl.constexpr = NORM[5]
-    a, g, live = row_block(block, G, R, NORM)
+    a, g, live = row_block(block, G, R, NORM, LAYOUT)
     k, s = columns(0, S, BLOCK_K, BLOCK_S)
     row = a.to(tl.int64) * G + g
     channel = g % channels
-    mask = tile_mask(live, k, s, K, S, EVEN)
-    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
-    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-    if PAD is None:
-        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-    else:
-        dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, WIDE)
-        row_at, k_at, s_at = x_row_at, x_k_at, x_s_at
-        if dplain is not None:
-            dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+    mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
+    dz, row_at, k_at, s_at = load_dy(
+        dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d, PAD, ACC, LAYOUT
+    )  # fmt: skip
     if bits is not None:
         # Before x is read: fewer values are alive while the bits are spread over the tile.
         dz = through_bits(dz, bits, 0, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
@@ -136,7 +147,7 @@ def _whole_rows(
             # grid has a single row of programs, but the compiler does not know, so it computes these anew.
             nothing = tl.num_programs(1) - 1
             if PAD is None:
-                row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, WIDE)
+                row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, LAYOUT)
         n = count(K, S, ACC) * GROUP
         mean_d = (sum_d / n)[:, None]
         mean_dx = (sum_dx / (n - CORRECTION))[:, None]
@@ -165,7 +176,7 @@ def persistent_backward(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,).
@@ -192,7 +203,7 @@ def persistent_backward(
             dz, normalized = _whole_rows(
                 block, x, dy, dplain, dx, dresidual, None, None, residual, bits, statistics, sums, w, b, slope,
                 G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-                DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE, FOLDED,
+                DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT, FOLDED,
             )  # fmt: skip
             if dweight is not None:
                 sum_dzx += dz * normalized
@@ -205,7 +216,7 @@ def persistent_backward(
             tl.program_id(0),
             x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
             G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE, FOLDED,
+            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT, FOLDED,
         )  # fmt: skip
 
 
@@ -234,7 +245,7 @@ def gradient(
     eps: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
 
@@ -255,7 +266,7 @@ def gradient(
     if sums is not None:
         share = tl.num_programs(1) - 1 - share
         block = tl.num_programs(0) - 1 - block
-    a, g, live = row_block(block, G, R, NORM)
+    a, g, live = row_block(block, G, R, NORM, LAYOUT)
     row = a.to(tl.int64) * G + g
     channel = g % channels
     at = affine_at(row, channel, channels, per_sample)
@@ -289,16 +300,11 @@ def gradient(
         if sums is not None:
             tile = first + last - 1 - step
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = tile_mask(live, k, s, K, S, EVEN)
-        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
-        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
-        if PAD is None:
-            dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        else:
-            dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, WIDE)
-            row_at, k_at, s_at = x_row_at, x_k_at, x_s_at
-            if dplain is not None:
-                dz += tl.load(dplain + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
+        dz, row_at, k_at, s_at = load_dy(
+            dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d, PAD, ACC, LAYOUT
+        )  # fmt: skip
         values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
         b = bias
         if AFFINE == ROW:
@@ -358,7 +364,7 @@ def column_gradients(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
 
@@ -372,11 +378,11 @@ def column_gradients(
     sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
     sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
     for block in range(first, tl.minimum(first + steps, blocks)):
-        a, g, live = row_block(block, G, R, NORM)
+        a, g, live = row_block(block, G, R, NORM, LAYOUT)
         row = a.to(tl.int64) * G + g
-        mask = tile_mask(live, k, s, K, S, EVEN)
-        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
-        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
+        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
         dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
         mean, rstd = load_statistics(statistics, row, row, live, rows, rows, NORM)

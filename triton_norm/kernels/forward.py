@@ -27,7 +27,7 @@ def finish(
     tile, row, channel, channels, per_sample, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative.
 
@@ -47,7 +47,7 @@ def finish(
     if PAD is None:
         tl.store(y + row_at + k_at + s_at, value, mask=mask)
     else:
-        store_padded(y, value, y_row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, WIDE)
+        store_padded(y, value, y_row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, LAYOUT)
         if plain is not None:
             tl.store(plain + row_at + k_at + s_at, value, mask=mask)
     if bits is not None:
@@ -64,15 +64,15 @@ def _whole_rows(
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, in registers."""
     GROUP: tl.constexpr = NORM[2]
-    a, g, live = row_block(block, G, R, NORM)
+    a, g, live = row_block(block, G, R, NORM, LAYOUT)
     k, s = columns(0, S, BLOCK_K, BLOCK_S)
     row = a.to(tl.int64) * G + g
-    mask = tile_mask(live, k, s, K, S, EVEN)
-    row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+    mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+    row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
     values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
     n = count(K, S, ACC)
     mean, m2 = moments(values, mask, n, True, NORM)
@@ -86,13 +86,13 @@ def _whole_rows(
         statistics, running_mean, running_var, at, once, total, mean, m2, n * GROUP,
         momentum, momentum_rest, eps, STORE_VARIANCE, NORM,
     )  # fmt: skip
-    y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+    y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
     if PAD is None:
         row_at, k_at, s_at = y_row_at, y_k_at, y_s_at
     finish(
         values, mean[:, None], rstd[:, None], row_at, k_at, s_at, mask, y, residual, bits, plain, weight, bias, slope,
         0, row, channel, channels, per_sample, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
-        VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, WIDE,
+        VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, LAYOUT,
     )  # fmt: skip
 
 
@@ -104,7 +104,7 @@ def persistent_forward(
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: one read, one write. Grid (row blocks,).
 
@@ -122,14 +122,14 @@ def persistent_forward(
                 block, x, y, residual, bits, plain, statistics, w, b, slope, running_mean, running_var,
                 momentum, momentum_rest, G, K, S, rows, channels, per_sample,
                 x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d, eps, STORE_VARIANCE,
-                VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE,
+                VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT,
             )  # fmt: skip
     else:
         _whole_rows(
             tl.program_id(0), x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var,
             momentum, momentum_rest, G, K, S, rows, channels, per_sample,
             x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d, eps, STORE_VARIANCE,
-            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, WIDE,
+            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT,
         )  # fmt: skip
 
 
@@ -142,7 +142,7 @@ def normalize(
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Normalizes with statistics that are partial (and combined here), complete, or given per channel (eval).
 
@@ -151,7 +151,7 @@ def normalize(
     AFFINE: tl.constexpr = NORM[0]
     CORRECTION: tl.constexpr = NORM[5]
     share = tl.num_programs(1) - 1 - tl.program_id(1)
-    a, g, live = row_block(tl.num_programs(0) - 1 - tl.program_id(0), G, R, NORM)
+    a, g, live = row_block(tl.num_programs(0) - 1 - tl.program_id(0), G, R, NORM, LAYOUT)
     row = a.to(tl.int64) * G + g
     channel = g % channels
     if mean is not None:
@@ -175,10 +175,10 @@ def normalize(
     for step in range(first, last):
         tile = first + last - 1 - step
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = tile_mask(live, k, s, K, S, EVEN)
-        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
         values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, WIDE)
+        y_row_at, y_k_at, y_s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
         if PAD is None:
             row_at, k_at, s_at = y_row_at, y_k_at, y_s_at
         w = weight
@@ -189,5 +189,5 @@ def normalize(
         finish(
             values, center, rstd, row_at, k_at, s_at, mask, y, residual, bits, plain, w, b, slope,
             tile, row, channel, channels, per_sample, live, k, s, K, S, y_row_at, H, y_d, y_k, y_s,
-            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, WIDE,
+            VALUE, DERIVATIVE, P0, P1, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, LAYOUT,
         )  # fmt: skip

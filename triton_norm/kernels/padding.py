@@ -59,7 +59,7 @@ def all_places(PAD: tl.constexpr):
 
 
 @triton.jit
-def padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, WIDE: tl.constexpr):
+def padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, LAYOUT: tl.constexpr):
     """Column offsets of the j-th place in the padded tensor, and which columns have one."""
     MODE: tl.constexpr = PAD[0]
     LOW_D: tl.constexpr = PAD[1]
@@ -73,6 +73,7 @@ def padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD: tl.const
     d, d_there = place(k // H, K // H, LOW_D, HIGH_D, j // (along_h * along_w), MODE)
     h, h_there = place(k % H, H, LOW_H, HIGH_H, (j // along_w) % along_h, MODE)
     w, w_there = place(s, S, LOW_W, HIGH_W, j % along_w, MODE)
+    WIDE: tl.constexpr = LAYOUT[0]
     if WIDE:
         d = d.to(tl.int64)
         h = h.to(tl.int64)
@@ -82,11 +83,11 @@ def padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD: tl.const
 
 @triton.jit
 def store_padded(
-    y, value, row_at, k, s, mask, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, WIDE: tl.constexpr
+    y, value, row_at, k, s, mask, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, LAYOUT: tl.constexpr
 ):  # fmt: skip
     """Writes a tile to all its places."""
     for j in range(all_places(PAD)):
-        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, WIDE)
+        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, LAYOUT)
         written = value
         if PAD[0] == ZEROS:
             written = tl.where(tl.zeros_like(mask).to(tl.int32) + j == 0, value, 0.0)
@@ -96,7 +97,7 @@ def store_padded(
 @triton.jit
 def load_folded(
     dy, row_at, k, s, mask, K, H, S, stride_d, stride_h, stride_w,
-    PAD: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The sum of the gradients at all places of a tile; the zeros of "zeros" take none."""
     total = tl.zeros(mask.shape, ACC)
@@ -104,6 +105,6 @@ def load_folded(
     if PAD[0] == ZEROS:
         last = 1
     for j in range(last):
-        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, WIDE)
+        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, LAYOUT)
         total += tl.load(dy + row_at + at, mask=mask & there, other=0.0).to(ACC)
     return total

@@ -114,7 +114,7 @@ def partial_statistics(
     G, K, S, rows, tiles, steps,
     x_a, x_g, x_k, x_s,
     R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr,
+    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
 
@@ -123,10 +123,10 @@ def partial_statistics(
     the variance.
     """
     CENTERED: tl.constexpr = NORM[4]
-    a, g, live = row_block(tl.program_id(0), G, R, NORM)
+    a, g, live = row_block(tl.program_id(0), G, R, NORM, LAYOUT)
     first = tl.program_id(1) * steps
     if CENTERED:
-        row_at, _, _ = offsets(a, g, tl.arange(0, 1), tl.arange(0, 1), x_a, x_g, x_k, x_s, WIDE)
+        row_at, _, _ = offsets(a, g, tl.arange(0, 1), tl.arange(0, 1), x_a, x_g, x_k, x_s, LAYOUT)
         anchor = tl.load(x + row_at, mask=live[:, None], other=0.0).to(ACC)
     else:
         anchor = tl.zeros((R, 1), ACC)
@@ -135,8 +135,8 @@ def partial_statistics(
     m2 = tl.zeros((R,), ACC)
     for tile in range(first, tl.minimum(first + steps, tiles)):
         k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = tile_mask(live, k, s, K, S, EVEN)
-        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, WIDE)
+        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
+        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
         n_tile = tl.sum(((k < K) & (s < S)).to(ACC), 0)
         values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
         mean_tile, m2_tile = moments(tl.where(mask, values - anchor, 0.0), mask, n_tile, False, NORM)

@@ -1,7 +1,14 @@
 """Where a program's tile lies, and what of its rows is constant.
 
 A tile is R rows by C = BLOCK_K * BLOCK_S columns, two-dimensional so that a sum over a row is one reduction along one
-axis. Row offsets are 64-bit, column offsets 32-bit unless WIDE. See geometry.py for (A, G, K, S).
+axis. See geometry.py for (A, G, K, S).
+
+LAYOUT is what is known of the memory layout at compile time, a tuple: WIDE, G_OF, S_OF.
+
+- WIDE: column offsets take 64 bits, as row offsets always do.
+- G_OF divides G where neighbours in memory lie along it, and every stride but that of 1; S_OF is the same for S. One of
+  them, or both, is 1. Triton knows of a number only whether 16 divides it, and would read a plane of 14 x 14 float32
+  numbers one by one, where these let it read four at a time.
 
 NORM is what tells the norms apart, a compile-time tuple: AFFINE, UNIT, GROUP, SPAN, CENTERED, CORRECTION, PER_CHANNEL.
 
@@ -22,13 +29,24 @@ AFFINES = {"row": 0, "column": 1, "element": 2}
 
 
 @triton.jit
-def row_block(block, G, R: tl.constexpr, NORM: tl.constexpr):
+def multiple(n, OF: tl.constexpr):
+    """n, so that the compiler sees what divides it."""
+    if OF == 1:
+        return n
+    else:
+        return n // OF * OF
+
+
+@triton.jit
+def row_block(block, G, R: tl.constexpr, NORM: tl.constexpr, LAYOUT: tl.constexpr):
     """Sample a, rows g of a block of R rows, and which of them exist.
 
     a is a scalar, so that no element pays for the division.
     """
     GROUP: tl.constexpr = NORM[2]
     SPAN: tl.constexpr = NORM[3]
+    G_OF: tl.constexpr = LAYOUT[1]
+    G = multiple(G, G_OF)
     r = tl.arange(0, R)
     if SPAN == 1 or SPAN == GROUP:
         blocks = tl.cdiv(G, R)
@@ -96,23 +114,27 @@ def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def offsets(a, g, k, s, stride_a, stride_g, stride_k, stride_s, WIDE: tl.constexpr):
+def offsets(a, g, k, s, stride_a, stride_g, stride_k, stride_s, LAYOUT: tl.constexpr):
     """Offsets of rows (R, 1), and of columns in k and in s, both (1, C): to be added to a pointer one after the other.
 
     Kept apart so that what waits in registers for a later store is a few 32-bit numbers, which repeat along the tile,
     and not a 64-bit address per element: that decides whether long channels_last rows spill.
     """
+    WIDE: tl.constexpr = LAYOUT[0]
+    G_OF: tl.constexpr = LAYOUT[1]
+    S_OF: tl.constexpr = LAYOUT[2]
     if WIDE:
         k = k.to(tl.int64)
         s = s.to(tl.int64)
-    rows = a.to(tl.int64) * stride_a + g.to(tl.int64) * stride_g
-    return rows[:, None], (k * stride_k)[None, :], (s * stride_s)[None, :]
+    rows = a.to(tl.int64) * multiple(stride_a, G_OF * S_OF) + g.to(tl.int64) * multiple(stride_g, S_OF)
+    return rows[:, None], (k * multiple(stride_k, G_OF * S_OF))[None, :], (s * multiple(stride_s, G_OF))[None, :]
 
 
 @triton.jit
-def tile_mask(live, k, s, K, S, EVEN: tl.constexpr):
+def tile_mask(live, k, s, K, S, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
     """Which elements of a tile exist. EVEN promises all: that spares the indices their registers."""
-    columns = (k < K) & (s < S)
+    S_OF: tl.constexpr = LAYOUT[2]
+    columns = (k < K) & (s < multiple(S, S_OF))
     if EVEN:
         return tl.full((live.shape[0], columns.shape[0]), True, tl.int1)
     else:
