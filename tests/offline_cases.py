@@ -43,7 +43,7 @@ def compile_case(
     running = weight if kind == "batch" and affine == "channel" else None
     extra = x if residual else None
     sides = [padding] * 4 if padding else []
-    keep_bits = residual and activation == "relu"
+    keep_bits = (residual or affine == "element") and activation == "relu"
     with compiling(target) as reports:
         y, statistics, bits, _ = launch.forward(
             x, weight, bias, extra, None, running, running, None, None,

@@ -79,9 +79,13 @@ def normalize(
     and, with ``keep_plain``, the unpadded one; without padding only the first counts.
     """
     statistics = (running_mean, running_var, None, None) if use_stats else (None, None, running_mean, running_var)
+    # One bit per element spares the backward pass whatever else z takes a tensor like x for.
+    wide = residual is not None or launch.per_element(kind, x, bias)
+    keep_bits = wide and torch.is_grad_enabled() and ACTIVATIONS[activation].levels is not None
     y, plain, _, _ = _Normalize.apply(
         x, weight, bias, residual, slope, *statistics,
-        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode, keep_plain,
+        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode,
+        keep_bits, keep_plain,
     )  # fmt: skip
     return y, plain
 
@@ -104,9 +108,9 @@ class _Normalize(_Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
-        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode, keep_plain,
+        kind, width, momentum, eps, correction, unit_offset, activation, parameters, padding, padding_mode,
+        keep_bits, keep_plain,
     ):  # fmt: skip
-        keep_bits = residual is not None and ACTIVATIONS[activation].levels is not None
         y, statistics, bits, plain = _forward(
             x, weight, bias, residual, slope, running_mean, running_var, mean, variance,
             kind, width, momentum, eps, correction, unit_offset, activation, parameters,
@@ -116,7 +120,7 @@ class _Normalize(_Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
-        x, weight, bias, residual, slope, _, _, mean, variance, *constants, keep_plain = inputs
+        x, weight, bias, residual, slope, _, _, mean, variance, *constants, _, keep_plain = inputs
         kind, width, _, eps, correction, unit_offset, activation, parameters, padding, padding_mode = constants
         _, plain, statistics, bits = output
         ctx.has_plain = bool(keep_plain and padding)

@@ -256,6 +256,11 @@ def _statistics_count(kind: str, x: Tensor, width: int) -> int:
     return x.numel() // (x.shape[1] if kind == "channels" else width)
 
 
+def per_element(kind: str, x: Tensor, p: Tensor | None) -> bool:
+    """Whether p, a weight or bias of this norm of x, has a number for each element."""
+    return p is not None and p.dim() == x.dim() and kind not in PER_COLUMN
+
+
 class _Affine(NamedTuple):
     weight: Tensor | None
     bias: Tensor | None
@@ -274,7 +279,7 @@ def _affine(kind: str, x: Tensor, layout: Tensor, weight: Tensor | None, bias: T
         form = "column"
     elif p.dim() == 1:
         form = "row"
-    elif p.dim() == x.dim():
+    elif per_element(kind, x, p):
         return _Affine(_like(weight, layout), _like(bias, layout), "element", None)
     else:
         if any(q is not None and (q.stride(1) != 1 or q.stride(0) != p.stride(0)) for q in (weight, bias)):
@@ -455,13 +460,13 @@ def backward(
         x = _dense(x)
         dy = _like(dy, _empty_padded(x, padding)) if dy is not None else _empty_padded(x, padding).zero_()
     like_y = _empty_like(x, kind)
-    per_element = kind not in PER_COLUMN and any(p is not None and p.dim() == x.dim() for p in (weight, bias))
+    elementwise = per_element(kind, x, weight) or per_element(kind, x, bias)
 
     def template(p: Tensor | None) -> Tensor | None:
         # A gradient per element is written where x's is; others are contiguous.
         if p is None:
             return None
-        return torch.empty_like(like_y, dtype=p.dtype) if per_element else p.new_empty(p.shape)
+        return torch.empty_like(like_y, dtype=p.dtype) if elementwise else p.new_empty(p.shape)
 
     templates = (
         like_y,

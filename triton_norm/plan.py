@@ -188,7 +188,7 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
         # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
         steps = max(steps, min(4, tiles))
     per_thread = _per_thread(geometry, backward, geometry.transposed or affine == "element")
-    if affine == "column":
+    if affine == "column" or (affine == "element" and backward):
         per_thread //= 2
     warps = _warps(rows * block_k * block_s, per_thread, 512, device)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
