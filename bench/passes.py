@@ -43,15 +43,15 @@ def _outputs(shape: Shape) -> float:
 
 
 def minimum(shape: Shape) -> dict[str, float]:
-    """Every input read once, every output written once; an activation's backward needs nothing but x and dy."""
+    """Every input read once, every output written once; an activation's backward needs no more than a norm's."""
     # Without an activation the residual's gradient is dy itself, unless dy first has to be gathered from its padding.
     dresidual = shape.residual and (shape.activation is not None or shape.padding > 0)
     forward = 1 + shape.residual + _outputs(shape)
     backward = 1 + _outputs(shape) + 1 + dresidual
     if shape.form == "element":
         forward += 2
-        # The scale, and the shift where an activation's derivative is taken; the gradients of both.
-        backward += 1 + (shape.activation is not None) + 2
+        # The scale, and the gradients of both.
+        backward += 1 + 2
     return _passes(forward, forward, backward)
 
 

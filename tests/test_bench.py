@@ -95,9 +95,9 @@ def test_known_passes_of_the_family():
     assert found("group", layout="channels_last") == (2, 3, 5, 5)
     assert found("layer") == found("rms") == found("channels", layout="channels_last") == (2, 3, 3, 7)
     assert found("channels") == (2, 3, 5, 9)
-    # x, scale, shift, y; x, dy, scale, dx, dscale, dshift, and the shift again for the activation.
+    # x, scale, shift, y; x, dy, scale, dx, dscale, dshift.
     assert found("batch", form="element") == (4, 6, 11, 11)
-    assert found("batch", form="element", activation="relu") == (4, 7, 13, 14)
+    assert found("batch", form="element", activation="relu") == (4, 6, 13, 14)
     assert found("instance", form="sample") == (2, 3, 7, 12)
 
 

@@ -122,6 +122,8 @@ INSTANCE_ERRORS = {
 @pytest.mark.parametrize("name", ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm"])
 def test_errors_of_the_database(backend, module_db, name):
     info = module_db[name]
+    if info.module_error_inputs_func is None:
+        pytest.skip("this release of torch lists no errors of it")
     cases = info.module_error_inputs_func(
         info, device=backend.device, dtype=torch.float32, requires_grad=False, training=True
     )

@@ -432,16 +432,17 @@ def _check_slope(x: Tensor, slope: Tensor) -> bool:
 
 def on_torch(resolved: Resolved, x: Tensor) -> Callable[[Tensor], Tensor]:
     """The activation for tensors of x's dtype: torch's prelu wants a slope of the same, and autocast would lower it."""
+    # A function and no callable tuple, nor its _replace: the compiler of older releases of torch knows neither.
+    function, numbers = activations.ACTIVATIONS[resolved.name].torch, resolved.parameters
     if resolved.slope is None:
-        return resolved
-    cast = resolved._replace(slope=resolved.slope.to(x.dtype))
-    device = x.device.type
-    if not _autocasts(device):
-        return cast
+        return lambda z: function(z, *numbers)
+    slope, device = resolved.slope.to(x.dtype), x.device.type
 
     def prelu(z: Tensor) -> Tensor:
+        if not _autocasts(device):
+            return function(z, slope)
         with torch.autocast(device, enabled=False):
-            return cast(z)
+            return function(z, slope)
 
     return prelu
 

@@ -12,8 +12,8 @@ TILE = 4096
 MOST_ROWS = 128
 #: DRAM moves sectors of this many bytes, so narrower pieces of a channels_last pixel are read several times.
 SECTOR = 32
-#: Below this many elements the extra sectors cost less than two more launches.
-NARROW_ELEMENTS = 2**20
+#: A tensor of at most this many bytes stays in L2, and the extra sectors cost less than two more launches.
+NARROW_BYTES = 4 * 2**20
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
 INLINE_PARTIALS = 1024
 
@@ -94,7 +94,7 @@ def choose(
     if reduce and columns * span <= limit:
         rows = _rows_per_program(geometry, columns, limit, itemsize, device)
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
-        if not narrow or geometry.rows * geometry.columns <= NARROW_ELEMENTS:
+        if not narrow or geometry.rows * geometry.columns * itemsize <= NARROW_BYTES:
             elements = rows * columns
             scattered = geometry.transposed or not _vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
