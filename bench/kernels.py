@@ -47,7 +47,9 @@ class Tile:
         self.itemsize = a["x"].element_size()
         self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
         per_element = a.get("NORM", (None,))[0] == AFFINES["element"]
-        self.read = READ + (AFFINE if per_element else ())
+        # Bits stand for the bias.
+        affine = AFFINE[:1] if a.get("bits") is not None else AFFINE
+        self.read = READ + (affine if per_element else ())
         self.written = WRITTEN + (AFFINE_WRITTEN if per_element else ())
         elements = a["R"] * a["BLOCK_K"] * a["BLOCK_S"]
         self.bytes_per_thread = max(elements // (report.warps * warp_size), 1) * self.itemsize
@@ -64,13 +66,9 @@ class Tile:
 
     @property
     def aligned(self) -> bool:
-        """Whether every run of neighbours in memory is at least 16 bytes and Triton knows that it ends on 16 bytes.
-
-        It knows of a size or stride only whether 16 divides it: a plane of 14 x 14 float32 numbers is 49 times 16
-        bytes, and still read four bytes at a time.
-        """
+        """Whether every run of neighbours in memory is at least 16 bytes and ends on 16 bytes."""
         along, across = ("G", "R") if self.transposed else ("S", "BLOCK_S")
-        whole = self.a[along] % 16 == 0 and self.a[across] * self.itemsize >= VECTOR
+        whole = self.a[along] * self.itemsize % VECTOR == 0 and self.a[across] * self.itemsize >= VECTOR
         return whole and (self.transposed or self.a["x_s"] == 1)
 
     def starts_aligned(self, name: str) -> bool:
@@ -80,7 +78,7 @@ class Tile:
             return False
         strides = "x" if pads or name == "x" else "y"
         outer = "aks" if self.transposed else "agk"
-        return all(self.a.get(f"{strides}_{dim}", 0) % 16 == 0 for dim in outer)
+        return all(self.a.get(f"{strides}_{dim}", 0) * self.itemsize % VECTOR == 0 for dim in outer)
 
     def narrow(self, counts: dict[int, int], operands: Sequence[str]) -> bool:
         """Whether there are fewer wide accesses than the tile's tensors need, those that start on 16 bytes.

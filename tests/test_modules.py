@@ -354,6 +354,24 @@ def test_compile(backend, make, mode):
         assert_close_as_vectors(a.grad, b.grad.cpu().double(), torch.float32)
 
 
+def test_compile_with_one_tensor_in_two_places(backend):
+    torch._dynamo.reset()
+    norm, adaptive = tn.InstanceNorm2d(4, activation="relu").to(backend.device), tn.AdaIN2d(4)
+
+    def call(x, style):
+        return adaptive(norm(x, residual=x), style, style)
+
+    inputs = [[batch(shape, backend).requires_grad_() for shape in ((2, 4, 3, 5), (2, 4))] for _ in range(2)]
+    outputs = [
+        f(*t) for f, t in zip((call, torch.compile(call, fullgraph=True, backend="aot_eager")), inputs, strict=True)
+    ]
+    assert_close(outputs[1], outputs[0], torch.float32)
+    for y in outputs:
+        y.square().sum().backward()
+    for want, got in zip(*inputs, strict=True):
+        assert_close(got.grad, want.grad, torch.float32)
+
+
 def test_public_names():
     family = {"AdaIN2d", "ConditionalBatchNorm2d", "GroupNorm", "LayerNorm", "LayerNorm2d", "RMSNorm", "SPADE2d"}
     extra = {"ConvNormAct", "SyncBatchNorm", "autotune", "functional", "fuse", "fuse_report", "models"}

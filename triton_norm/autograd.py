@@ -79,6 +79,8 @@ def normalize(
     and, with ``keep_plain``, the unpadded one; without padding only the first counts.
     """
     statistics = (running_mean, running_var, None, None) if use_stats else (None, None, running_mean, running_var)
+    if torch.compiler.is_compiling():
+        x, weight, bias, residual = _apart(x, weight, bias, residual)
     # One bit per element spares the backward pass whatever else z takes a tensor like x for.
     wide = residual is not None or launch.per_element(kind, x, bias)
     keep_bits = wide and torch.is_grad_enabled() and ACTIVATIONS[activation].levels is not None
@@ -88,6 +90,15 @@ def normalize(
         keep_bits, keep_plain,
     )  # fmt: skip
     return y, plain
+
+
+def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one as a view: the compiler refuses a Function that is given one tensor twice."""
+    apart: list[Tensor | None] = []
+    for t in tensors:
+        again = t is not None and any(t is other for other in apart)
+        apart.append(t.view_as(t) if again else t)
+    return apart
 
 
 class _Function(torch.autograd.Function):

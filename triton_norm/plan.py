@@ -101,7 +101,9 @@ def choose(
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
             threads = 256 if few else 512
             per_thread = _per_thread(geometry, backward, affine != "row")
-            if affine == "column" and itemsize > 2 and extra != "none":
+            # What is read beside x and dy, a number at a time or next to an affine, takes its own registers.
+            beside = not geometry.transposed and not _vectorizes(geometry) and backward
+            if extra != "none" and (beside or (affine == "column" and itemsize > 2)):
                 per_thread //= 2
             warps = _warps(elements, per_thread, threads, device)
             # A fold makes column offsets repeat along a long channels_last row, so that fewer of them are alive.
@@ -118,7 +120,7 @@ def choose(
 
 
 def _vectorizes(geometry: Geometry) -> bool:
-    """Whether a row of a contiguous layout is read in 16-byte pieces. Triton knows of a size whether 16 divides it."""
+    """Whether 16 divides the rows of a contiguous layout, so that they are read in 16-byte pieces in every dtype."""
     return not geometry.padded and geometry.S % 16 == 0
 
 
