@@ -69,10 +69,12 @@ def cases() -> Iterator[tuple]:
     def both(index: int) -> Iterator[tuple]:
         return iter([(torch.float16, index % 2 == 0), (torch.float32, index % 2 == 1)])
 
-    shapes = [*SHAPES, *UNEVEN]
-    for index, (shape, layout, kind) in enumerate(itertools.product(shapes, LAYOUTS, ("instance", "batch"))):
+    for index, (shape, layout, kind) in enumerate(itertools.product(SHAPES, LAYOUTS, ("instance", "batch"))):
         for dtype, residual in both(index):
             yield kind, shape, layout, dtype, residual
+    for index, (shape, layout) in enumerate(itertools.product(UNEVEN, LAYOUTS)):
+        for dtype, residual in both(index):
+            yield ("instance", "batch")[index // 2 ^ index % 2], shape, layout, dtype, residual
     for index, (shape, layout, kind) in enumerate(itertools.product(PADDED, LAYOUTS, ("instance", "batch"))):
         yield kind, shape, layout, torch.float16, index % 2 == 1, 1 + index % 3
     for index, ((shape, width), layout) in enumerate(itertools.product(GROUPS, LAYOUTS)):

@@ -91,8 +91,10 @@ def test_dtypes(backend, case, dtype, parameter_dtype, activation):
     assert check(a).gradients["weight"].dtype == parameter_dtype
 
 
-@pytest.mark.parametrize("activation", ["leaky_relu", "gelu", "hardtanh", nn.Softplus(2.0, 1.0), nn.ReLU(inplace=True)])
-@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation, residual", [
+    ("leaky_relu", True), ("gelu", False), ("hardtanh", True), (nn.Softplus(2.0, 1.0), True),
+    (nn.ReLU(inplace=True), False),
+])  # fmt: skip
 @pytest.mark.parametrize("case", [*NEW, "instance sample"])
 def test_activations(backend, case, activation, residual):
     check(made(case, backend, activation=activation, residual=residual))

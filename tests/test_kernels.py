@@ -204,13 +204,13 @@ PADDED = {
 
 
 @KERNELS
-@pytest.mark.parametrize("name, layout, mode", [
-    ("one_row", "contiguous", "reflect"), ("one_row", "channels_last", "circular"),
-    ("four_rows", "channels_last", "reflect"), ("four_rows", "contiguous", "replicate"),
-    ("three_programs_a_row", "cropped", "reflect"), ("three_programs_a_row", "channels_last", "replicate"),
-    ("idle_programs", "transposed", "zeros"), ("idle_programs", "contiguous", "circular"),
+@pytest.mark.parametrize("kind, name, layout, mode", [
+    ("batch", "one_row", "contiguous", "reflect"), ("instance", "one_row", "channels_last", "circular"),
+    ("instance", "four_rows", "channels_last", "reflect"), ("batch", "four_rows", "contiguous", "replicate"),
+    ("instance", "three_programs_a_row", "cropped", "reflect"),
+    ("batch", "three_programs_a_row", "channels_last", "replicate"),
+    ("instance", "idle_programs", "transposed", "zeros"), ("batch", "idle_programs", "contiguous", "circular"),
 ])  # fmt: skip
-@pytest.mark.parametrize("kind", ["batch", "instance"])
 def test_padding(backend, force, poison, kind, name, layout, mode):
     force(PADDED[name])
     a = arguments(kind, (2, 2, 4, 5), device=backend.device, residual=True, statistics=True, activation="relu")

