@@ -20,6 +20,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The longest come first: a process that met them last would let the others wait.
+    items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_notebooks.py"))
+
+
 @dataclass(frozen=True)
 class Backend:
     #: "torch" (plain PyTorch on the CPU), "triton" (the interpreter, on the CPU) or "cuda" (the compiled kernels).
