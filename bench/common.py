@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from triton_norm import demo, info
 from triton_norm.__main__ import Parser
-from triton_norm.info import UserError
+from triton_norm.cli import demo, info
+from triton_norm.cli.info import UserError
 
 ROOT = Path(__file__).parents[1]
 CPU_CAVEAT = "CPU times say nothing about GPUs: they show that the script works, not how fast anything is."

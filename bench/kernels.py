@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from triton_norm import functional
-from triton_norm.demo import DTYPES, Progress, table
+from triton_norm.cli.demo import DTYPES, Progress, table
 from triton_norm.kernels.tiles import AFFINES
 
 from . import common, shapes

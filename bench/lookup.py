@@ -9,8 +9,9 @@ from unittest import mock
 
 import torch
 
-from triton_norm import autotune, launch
-from triton_norm.table import Entry
+from triton_norm.launching import launch
+from triton_norm.tuning import autotune
+from triton_norm.tuning.table import Entry
 
 
 def lookup_us(number: int = 100_000, repeat: int = 7) -> dict[str, float]:

@@ -19,8 +19,9 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_norm import functional, launch
-from triton_norm.plan import Device
+from triton_norm import functional
+from triton_norm.launching import launch
+from triton_norm.tuning.plan import Device
 
 #: Name, target, and the multiprocessors of a typical card.
 TARGETS = {

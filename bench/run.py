@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from triton_norm.demo import DTYPES, TOLERANCES, Progress, table
+from triton_norm.cli.demo import DTYPES, TOLERANCES, Progress, table
 
 from . import common, passes, shapes, steps, timing
 from .common import CPU_CAVEAT, Parser, UserError

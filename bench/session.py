@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from triton_norm.demo import table
+from triton_norm.cli.demo import table
 
 from . import common, plot
 from .common import CPU_CAVEAT, Parser, UserError

@@ -19,9 +19,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from triton_norm import functional, launch
-from triton_norm.demo import DTYPES, Progress, table
-from triton_norm.plan import Device
+from triton_norm import functional
+from triton_norm.cli.demo import DTYPES, Progress, table
+from triton_norm.launching import launch
+from triton_norm.tuning.plan import Device
 
 from . import common, passes, shapes
 from .common import Parser, UserError

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 
 from bench.offline import compiling
-from triton_norm import launch
+from triton_norm.launching import launch
 
 #: Planes of GANs and ResNets, (N, C, H, W); all aligned. Between them they meet every regime and limit of plan.py.
 SHAPES = [(1, 64, 128, 128), (4, 64, 64, 64), (4, 256, 32, 32), (32, 256, 56, 56), (1, 64, 256, 256), (16, 512, 8, 8)]

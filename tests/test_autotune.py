@@ -21,12 +21,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import triton_norm as tn
 from bench.lookup import lookup_us
-from triton_norm import autotune, candidates, launch, measure, table, tune
-from triton_norm.autotune import Problem
-from triton_norm.candidates import HOPELESS, Work, cost
+from triton_norm.cli import tune
+from triton_norm.cli.shapes import LAYOUTS, SHAPES, Case
 from triton_norm.geometry import view
-from triton_norm.plan import Device, Plan
-from triton_norm.shapes import LAYOUTS, SHAPES, Case
+from triton_norm.launching import launch
+from triton_norm.tuning import autotune, candidates, measure, table
+from triton_norm.tuning.autotune import Problem
+from triton_norm.tuning.candidates import HOPELESS, Work, cost
+from triton_norm.tuning.plan import Device, Plan
 
 TARGET = "Test GPU sm_00, triton 0.0"
 
@@ -276,10 +278,10 @@ package = sys.modules["triton_norm"] = types.ModuleType("triton_norm")
 package.__path__ = ["triton_norm"]
 """
 PROCESS = """
-from triton_norm import autotune
-from triton_norm.candidates import Work, candidates
+from triton_norm.tuning import autotune
+from triton_norm.tuning.candidates import Work, candidates
 from triton_norm.geometry import view
-from triton_norm.plan import Device
+from triton_norm.tuning.plan import Device
 at = (256 * 64 * 64, 64 * 64, 64, 1)
 work = Work(view("instance", (1, 256, 64, 64), at, at), 2, False, True, "none", Device())
 problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, ())
@@ -313,8 +315,8 @@ def test_what_another_process_tunes_meanwhile_is_not_measured_again():
 
 WRITER = """
 from pathlib import Path
-from triton_norm import table
-from triton_norm.plan import Plan
+from triton_norm.tuning import table
+from triton_norm.tuning.plan import Plan
 path, name = Path(sys.argv[1]), sys.argv[2]
 entry = table.Entry(Plan("split", 1, 1, 4096, 2, 2, 4), 1.0, 2.0, 4, False)
 print("ready", flush=True)

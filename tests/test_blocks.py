@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
 from bench.counting import counting
-from triton_norm.blocks import BasicBlock, Bottleneck, ResnetBlock, shortcut
+from triton_norm.layers.blocks import BasicBlock, Bottleneck, ResnetBlock, shortcut
 
 SIZES = {1: (9,), 2: (7, 8), 3: (5, 4, 6)}
 

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 import triton_norm as tn
-from triton_norm import demo, info, picture
 from triton_norm.__main__ import main
+from triton_norm.cli import demo, info, picture
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_full_disk_is_a_user_error(tmp_path):
 
 
 def test_demo_without_matplotlib_names_the_extra(monkeypatch, capsys):
-    monkeypatch.delattr(tn, "picture")
+    monkeypatch.delattr(tn.cli, "picture")
     monkeypatch.delitem(sys.modules, "triton_norm.picture")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stopped:

@@ -14,7 +14,7 @@ from torch import nn
 
 import triton_norm as tn
 from bench.counting import counting
-from triton_norm import trace
+from triton_norm.fusion import trace
 
 
 @pytest.fixture(autouse=True)

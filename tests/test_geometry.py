@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from triton_norm.geometry import merge, view
-from triton_norm.plan import Device, choose, power_of_2
+from triton_norm.tuning.plan import Device, choose, power_of_2
 
 SHAPES = [(4, 6, 5, 7), (1, 3, 8, 8), (3, 1, 2, 9), (2, 4, 1, 1), (5, 3), (2, 3, 4), (2, 3, 4, 5, 6)]
 

@@ -8,8 +8,9 @@ from oracle import arguments, assert_close, check
 from torch import nn
 
 import triton_norm as tn
-from triton_norm import launch, plan
-from triton_norm.plan import Plan, cdiv, power_of_2
+from triton_norm.launching import launch
+from triton_norm.tuning import plan
+from triton_norm.tuning.plan import Plan, cdiv, power_of_2
 
 SHAPE = (2, 6, 8, 9)
 LAYOUTS = {

@@ -5,7 +5,7 @@ import torch
 from oracle import BY_NAME, arguments, assert_close, assert_close_as_vectors, expected
 from torch import nn
 
-from triton_norm import reference
+from triton_norm.ops import reference
 
 KINDS = ("batch", "instance")
 #: What ``arguments`` and the reference take for every kind, and for affines wider than one number per channel.

@@ -5,8 +5,8 @@ import torch
 
 import triton_norm as tn
 from bench.counting import counting
-from triton_norm import launch
-from triton_norm.plan import Device
+from triton_norm.launching import launch
+from triton_norm.tuning.plan import Device
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 

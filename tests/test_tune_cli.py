@@ -8,9 +8,11 @@ import pytest
 import torch
 from test_autotune import TARGET, fresh, stopwatch  # noqa: F401  (fixtures)
 
-from triton_norm import autotune, info, launch, shapes, table, tune
 from triton_norm.__main__ import main
-from triton_norm.shapes import SHAPES, Case
+from triton_norm.cli import info, shapes, tune
+from triton_norm.cli.shapes import SHAPES, Case
+from triton_norm.launching import launch
+from triton_norm.tuning import autotune, table
 
 MODEL = """
 import torch

@@ -2,15 +2,15 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import autotune, functional, models
-from .blocks import ConvNormAct
-from .fuse import fuse, fuse_report
-from .modules import (
+from . import functional, models
+from .fusion import fuse, fuse_report
+from .layers import (
     AdaIN2d,
     BatchNorm1d,
     BatchNorm2d,
     BatchNorm3d,
     ConditionalBatchNorm2d,
+    ConvNormAct,
     GroupNorm,
     InstanceNorm1d,
     InstanceNorm2d,
@@ -21,6 +21,7 @@ from .modules import (
     SPADE2d,
     SyncBatchNorm,
 )
+from .tuning import autotune
 
 try:
     __version__ = version("triton_norm")

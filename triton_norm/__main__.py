@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from . import demo, info, tune
+from .cli import demo, info, tune
 
 
 class Parser(argparse.ArgumentParser):

@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
-from .kernels import AVAILABLE, activations, triton
-from .kernels.activations import IDENTITY, Resolved, resolve
+from . import activations
+from .activations import IDENTITY, Resolved, resolve
+from .kernels import AVAILABLE, triton
+from .kernels.activations import identity
+from .ops import reference
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
 
@@ -26,7 +28,7 @@ _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps fo
 #: Kinds whose kernels know affines of every form, PReLU and padding.
 _BY_CHANNEL = ("batch", "instance", "group")
 #: Whether TRITON_INTERPRET was on when Triton made the kernels; setting it later has no effect on them.
-_INTERPRETED = AVAILABLE and not isinstance(activations.identity, triton.JITFunction)
+_INTERPRETED = AVAILABLE and not isinstance(identity, triton.JITFunction)
 
 
 def batch_norm(
@@ -259,7 +261,7 @@ def _launch(
     sides, padding_mode, keep_plain, width, unit_offset, correction,
 ):  # fmt: skip
     """The unpadded result or, where the kernels pad it too, (padded, unpadded if ``keep_plain``)."""
-    from . import autograd
+    from .ops import autograd
 
     # A slope per channel is nothing that rows know of.
     behind = resolved.slope is not None and kind not in _BY_CHANNEL

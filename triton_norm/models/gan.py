@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..blocks import NormLayer, ResnetBlock
-from ..convert import absorb, fuse_neighbours, is_plain, normalize, to_ours
-from ..modules import BatchNorm2d
+from ..layers.blocks import NormLayer, ResnetBlock
+from ..layers.convert import absorb, fuse_neighbours, is_plain, normalize, to_ours
+from ..layers.norms import BatchNorm2d
 
 __all__ = ["NLayerDiscriminator", "ResnetGenerator", "UnetGenerator"]
 

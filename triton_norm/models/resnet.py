@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import modules
-from ..blocks import BasicBlock, Bottleneck, NormLayer, _norm, shortcut
-from ..convert import normalize
+from ..layers import norms
+from ..layers.blocks import BasicBlock, Bottleneck, NormLayer, _norm, shortcut
+from ..layers.convert import normalize
 
 __all__ = ["ResNet", "resnet18", "resnet45", "resnet50"]
 
@@ -25,7 +25,7 @@ class ResNet(nn.Module):
     def __init__(
         self, block: type[nn.Module], layers: Sequence[int], *, in_channels: int = 3, num_classes: int | None = 1000,
         stem_width: int = 64, small_stem: bool = False, widths: Sequence[int] = (64, 128, 256, 512),
-        strides: Sequence[int] = (1, 2, 2, 2), norm_layer: NormLayer = modules.BatchNorm2d, **options: Any,
+        strides: Sequence[int] = (1, 2, 2, 2), norm_layer: NormLayer = norms.BatchNorm2d, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__()
         kernel, stride, padding = (3, 1, 1) if small_stem else (7, 2, 3)

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import Parameter
 
-from . import convert, modules
+from . import convert, norms
 from .convert import normalize
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvNormAct", "ResnetBlock"]
@@ -101,7 +101,7 @@ class ResnetBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, padding_type: str = "reflect", norm_layer: NormLayer = modules.InstanceNorm2d,
+        self, dim: int, padding_type: str = "reflect", norm_layer: NormLayer = norms.InstanceNorm2d,
         use_dropout: bool = False, use_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
@@ -149,7 +149,7 @@ class BasicBlock(nn.Module):
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
-        norm_layer: NormLayer = modules.BatchNorm2d, *, pointwise_first: bool = False,
+        norm_layer: NormLayer = norms.BatchNorm2d, *, pointwise_first: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         first, second = ((1, 1), (3, stride)) if pointwise_first else ((3, stride), (3, 1))
@@ -172,7 +172,7 @@ class Bottleneck(nn.Module):
 
     def __init__(
         self, inplanes: int, planes: int, stride: int = 1, downsample: nn.Module | None = None,
-        norm_layer: NormLayer = modules.BatchNorm2d,
+        norm_layer: NormLayer = norms.BatchNorm2d,
     ) -> None:  # fmt: skip
         super().__init__()
         self.conv1 = _plain_convolution(inplanes, planes, 1)
@@ -190,7 +190,7 @@ class Bottleneck(nn.Module):
         return normalize(self.bn3, self.conv3(y), identity, activation="relu")
 
 
-def shortcut(inplanes: int, planes: int, stride: int, norm_layer: NormLayer = modules.BatchNorm2d) -> nn.Sequential:
+def shortcut(inplanes: int, planes: int, stride: int, norm_layer: NormLayer = norms.BatchNorm2d) -> nn.Sequential:
     """A block's ``downsample``: a 1x1 convolution with the stride, and a norm."""
     return nn.Sequential(_plain_convolution(inplanes, planes, 1, stride), _norm(norm_layer, planes))
 
@@ -213,9 +213,9 @@ def _make_norm(norm: str | NormLayer, channels: int, dims: int) -> nn.Module:
     if callable(norm):
         return norm(channels)
     if norm in ("instance", "batch"):
-        return getattr(modules, f"{norm.title()}Norm{dims}d")(channels)
+        return getattr(norms, f"{norm.title()}Norm{dims}d")(channels)
     if norm == "group":
-        return modules.GroupNorm(math.gcd(32, channels), channels)
+        return norms.GroupNorm(math.gcd(32, channels), channels)
     if norm == "none":
         return convert.Elementwise(channels, dims)
     raise ValueError(f"unknown norm {norm!r}: expected {', '.join(map(repr, _NORMS))} or a callable")

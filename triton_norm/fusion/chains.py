@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx import Node
 
-from . import convert, trace
-from .convert import activation_of, dims_of, is_norm, padding_of, takes_padding, tidy_padding
-from .reference import PADDING_MODES
+from ..layers import convert
+from ..layers.convert import activation_of, dims_of, is_norm, padding_of, takes_padding, tidy_padding
+from ..ops.reference import PADDING_MODES
+from . import trace
 
 #: Function or method name -> (name of the torch.nn class, its numbers in the order of the function's arguments).
 _ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {

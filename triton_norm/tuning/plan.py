@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from .geometry import Geometry
+from ..geometry import Geometry
 
 #: Elements in the registers of one program, about: two float32 numbers for each, and indices, fill the register file.
 FULL_TILE = 16384

@@ -8,8 +8,9 @@ import torch
 
 import triton_norm
 
-from . import autotune, functional
-from .kernels import AVAILABLE, triton
+from .. import functional
+from ..kernels import AVAILABLE, triton
+from ..tuning import autotune
 
 NAME = "info"
 SUMMARY = "show versions, devices, the backend in force and where caches are"

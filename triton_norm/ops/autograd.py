@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import launch, reference
-from .kernels.activations import ACTIVATIONS, Resolved
+from ..activations import ACTIVATIONS, Resolved
+from ..launching import launch
+from . import reference
 
 NAMESPACE = "triton_norm"
 

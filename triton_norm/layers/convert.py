@@ -6,21 +6,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, modules, reference
-from .kernels.activations import resolve
+from .. import functional
+from ..activations import resolve
+from ..ops import reference
+from . import base, norms
+from .sync import SyncBatchNorm
 
 __all__ = ["Elementwise", "absorb", "activation_of", "fuse_neighbours", "normalize", "padding_of", "to_ours"]
 
 #: torch's norms and their fused namesakes. Exact types: what a subclass computes is its own business.
 OURS: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(nn, name): getattr(modules, name)
+    getattr(nn, name): getattr(norms, name, SyncBatchNorm)
     for name in (
         *(f"{kind}Norm{n}d" for kind in ("Batch", "Instance") for n in (1, 2, 3)),
         *("SyncBatchNorm", "GroupNorm", "LayerNorm", "RMSNorm"),
     )
 }
 #: What more can be fused into: the others of ours are called with more than one tensor.
-_OPEN = (*OURS.values(), modules.LayerNorm2d)
+_OPEN = (*OURS.values(), norms.LayerNorm2d)
 
 _PADS = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros"}
 _PAD_MODES: dict[type[nn.Module], tuple[str, int]] = {
@@ -44,7 +47,7 @@ class Elementwise(nn.Module):
     ) -> None:
         super().__init__()
         resolve(activation)
-        modules._check_padding(padding, padding_mode, dims)
+        base.check_padding(padding, padding_mode, dims)
         self._dims = dims
         self.activation = activation
         self.padding = padding
@@ -73,7 +76,7 @@ class Elementwise(nn.Module):
 
 
 #: All that a model's norms are instances of.
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, modules._Activated, Elementwise)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, base.Activated, Elementwise)
 
 
 def to_ours(norm: nn.Module) -> nn.Module | None:
@@ -98,7 +101,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def is_ours(module: nn.Module) -> bool:
-    return isinstance(module, (modules._Activated, Elementwise))
+    return isinstance(module, (base.Activated, Elementwise))
 
 
 def is_plain(norm: nn.Module) -> bool:
@@ -108,7 +111,7 @@ def is_plain(norm: nn.Module) -> bool:
 
 def takes_padding(norm: nn.Module) -> bool:
     """Whether padding can be fused into this norm, torch's or ours: rows of features have no borders."""
-    return issubclass(OURS.get(type(norm), type(norm)), (modules._Fused, Elementwise))
+    return issubclass(OURS.get(type(norm), type(norm)), (base.Fused, Elementwise))
 
 
 def dims_of(norm: nn.Module) -> int | None:

@@ -9,17 +9,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import autotune, measure
-from .autotune import Problem
-from .candidates import Work
-from .geometry import Geometry, view
-from .kernels import backward as backward_kernels
-from .kernels import forward as forward_kernels
-from .kernels import statistics as statistics_kernels
-from .kernels.activations import ACTIVATIONS
-from .kernels.padding import MODES
-from .kernels.tiles import AFFINES
-from .plan import Device, Plan, cdiv, power_of_2
+from ..activations import ACTIVATIONS
+from ..geometry import Geometry, view
+from ..kernels import backward as backward_kernels
+from ..kernels import forward as forward_kernels
+from ..kernels import statistics as statistics_kernels
+from ..kernels.padding import MODES
+from ..kernels.tiles import AFFINES
+from ..tuning import autotune, measure
+from ..tuning.autotune import Problem
+from ..tuning.candidates import Work
+from ..tuning.plan import Device, Plan, cdiv, power_of_2
 
 # Compiled as written whatever Triton's default: contracting a * b + c is what the accuracy tests have seen.
 OPTIONS = {"enable_fp_fusion": True}

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Graph, Node
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from . import convert, trace
-from .blocks import ConvNormAct
+from ..layers import convert
+from ..layers.blocks import ConvNormAct
+from ..layers.convert import Elementwise, is_norm, is_ours
+from . import trace
 from .chains import Chain, Finder, replace
-from .convert import Elementwise, is_norm, is_ours
 
 __all__ = ["FuseReport", "fuse", "fuse_report"]
 

@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from ..geometry import Geometry
 from . import plan as planning
-from .geometry import Geometry
 from .plan import SECTOR, TILE, Device, Plan, cdiv, power_of_2
 
 #: Bytes that memory could have moved in the time that one more kernel costs: about 2 µs at 3 TB/s.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import autotune, functional, info, shapes
-from .autotune import Problem
+from .. import functional
+from ..activations import resolve
+from ..tuning import autotune
+from ..tuning.autotune import Problem
+from . import info, shapes
 from .demo import DTYPES, Progress, check_out, table
 from .info import UserError
-from .kernels.activations import resolve
 from .shapes import SHAPES, Case
 
 T = TypeVar("T")
@@ -238,7 +240,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.channels_last:
             wanted = [case._replace(layout="channels_last") for case in wanted]
     device = gpu()
-    from . import launch  # only now: it needs Triton
+    from ..launching import launch  # only now: it needs Triton
 
     if arguments.model:
         runs = [(arguments.model, lambda: run_model(make, sizes, dtype, arguments.channels_last, device))]

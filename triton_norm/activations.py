@@ -1,0 +1,146 @@
+"""The activations that can be fused: one row of ``ACTIVATIONS`` each, and what a user's ``activation=`` means.
+
+To add one, add its two functions to ``kernels/activations.py`` and its row here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels import activations as device
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation: its kernels' functions, its torch counterpart, and what a ``torch.nn`` instance says of it."""
+
+    value: Any
+    derivative: Any
+    #: ``torch(z, *parameters)`` is the same function on tensors, differentiable.
+    torch: Callable[..., torch.Tensor]
+    #: The ``torch.nn`` class an instance of which selects this row ...
+    module: type[nn.Module] | None = None
+    #: ... and the attribute value that tells it from another row of the same class.
+    selector: tuple[str, Any] | None = None
+    #: (attribute of the ``torch.nn`` instance, torch's default) of each number a and b.
+    parameters: tuple[tuple[str, float], ...] = ()
+    #: Where the derivative has two values only: ``levels(*parameters) == (on, off)``. One bit then stands for z.
+    levels: Callable[..., tuple[float, float]] | None = None
+
+
+def _on_off(*_: float) -> tuple[float, float]:
+    return 1.0, 0.0
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    "identity": Activation(device.identity, device.one, lambda z: z),
+    "relu": Activation(device.relu, device.relu_derivative, F.relu, nn.ReLU, levels=_on_off),
+    "relu6": Activation(
+        device.hardtanh,
+        device.hardtanh_derivative,
+        F.hardtanh,
+        nn.ReLU6,
+        parameters=(("min_val", 0.0), ("max_val", 6.0)),
+        levels=_on_off,
+    ),
+    "leaky_relu": Activation(
+        device.leaky_relu,
+        device.leaky_relu_derivative,
+        F.leaky_relu,
+        nn.LeakyReLU,
+        parameters=(("negative_slope", 0.01),),
+        levels=lambda slope: (1.0, slope),
+    ),
+    "elu": Activation(device.elu, device.elu_derivative, F.elu, nn.ELU, parameters=(("alpha", 1.0),)),
+    "celu": Activation(device.celu, device.celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
+    "selu": Activation(device.selu, device.selu_derivative, F.selu, nn.SELU),
+    "gelu": Activation(device.gelu, device.gelu_derivative, F.gelu, nn.GELU, ("approximate", "none")),
+    "gelu_tanh": Activation(
+        device.gelu_tanh,
+        device.gelu_tanh_derivative,
+        lambda z: F.gelu(z, approximate="tanh"),
+        nn.GELU,
+        ("approximate", "tanh"),
+    ),
+    "silu": Activation(device.silu, device.silu_derivative, F.silu, nn.SiLU),
+    "mish": Activation(device.mish, device.mish_derivative, F.mish, nn.Mish),
+    "softplus": Activation(
+        device.softplus,
+        device.softplus_derivative,
+        F.softplus,
+        nn.Softplus,
+        parameters=(("beta", 1.0), ("threshold", 20.0)),
+    ),
+    "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
+    "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
+    "tanh": Activation(device.tanh, device.tanh_derivative, torch.tanh, nn.Tanh),
+    "hardtanh": Activation(
+        device.hardtanh,
+        device.hardtanh_derivative,
+        F.hardtanh,
+        nn.Hardtanh,
+        parameters=(("min_val", -1.0), ("max_val", 1.0)),
+        levels=_on_off,
+    ),
+    "hardswish": Activation(device.hardswish, device.hardswish_derivative, F.hardswish, nn.Hardswish),
+    "hardsigmoid": Activation(
+        device.hardsigmoid,
+        device.hardsigmoid_derivative,
+        F.hardsigmoid,
+        nn.Hardsigmoid,
+        levels=lambda: (1.0 / 6.0, 0.0),
+    ),
+    "softsign": Activation(device.softsign, device.softsign_derivative, F.softsign, nn.Softsign),
+    # The slope is a tensor; its gradient is the sum of dy * min(z, 0).
+    "prelu": Activation(device.leaky_relu, device.leaky_relu_derivative, F.prelu, nn.PReLU),
+}
+
+NAMES = tuple(name for name in ACTIVATIONS if name not in ("identity", "prelu"))
+
+
+class Resolved(NamedTuple):
+    """What a user's ``activation=`` means: a row's name, its numbers, and PReLU's slope ((1,) or (C,))."""
+
+    name: str
+    parameters: tuple[float, ...] = ()
+    slope: torch.Tensor | None = None
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        tensors = () if self.slope is None else (self.slope,)
+        return ACTIVATIONS[self.name].torch(z, *self.parameters, *tensors)
+
+
+IDENTITY = Resolved("identity")
+_BY_NAME = {name: Resolved(name, tuple(default for _, default in ACTIVATIONS[name].parameters)) for name in NAMES}
+_BY_CLASS: dict[type[nn.Module], list[str]] = {}
+for _name, _row in ACTIVATIONS.items():
+    if _row.module is not None:
+        _BY_CLASS.setdefault(_row.module, []).append(_name)
+
+
+def resolve(activation: None | str | nn.Module) -> Resolved:
+    """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
+
+    Raises ``ValueError`` listing what is supported for anything else; a subclass of a ``torch.nn`` activation
+    counts as something else, since its ``forward`` may do anything.
+    """
+    if activation is None:
+        return IDENTITY
+    if isinstance(activation, str):
+        if activation in _BY_NAME:
+            return _BY_NAME[activation]
+    else:
+        for name in _BY_CLASS.get(type(activation), ()):
+            row = ACTIVATIONS[name]
+            if row.selector is None or getattr(activation, row.selector[0]) == row.selector[1]:
+                numbers = tuple(float(getattr(activation, attribute)) for attribute, _ in row.parameters)
+                return Resolved(name, numbers, activation.weight if name == "prelu" else None)
+    classes = ", ".join(f"nn.{cls.__name__}" for cls in _BY_CLASS)
+    raise ValueError(
+        f"unsupported activation {activation!r}: expected None, one of {', '.join(map(repr, NAMES))}, "
+        f"or an instance of {classes}"
+    )

@@ -1,0 +1,1 @@
+"""From a description and the operands' layouts to kernel launches."""

@@ -1,0 +1,263 @@
+"""``torch.nn``'s norms, with the activation, the residual and the padding fused in.
+
+Each class is a subclass of its ``torch.nn`` namesake: same arguments, same parameters and buffers, same checkpoints.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from .base import Activated, Affine, Fused
+from .checks import check_4d
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
+    "LayerNorm",
+    "LayerNorm2d",
+    "RMSNorm",
+]
+
+
+class BatchNorm(Affine):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: None | str | nn.Module = None,
+        padding: int | tuple[int, ...] = 0,
+        padding_mode: str = "reflect",
+    ) -> None:
+        self._construct(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
+        self._check_input_dim(input)
+        tracking = self.training and self.track_running_stats
+        counter = self.num_batches_tracked if tracking else None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
+        if not self.training or self.track_running_stats:
+            running_mean, running_var = self.running_mean, self.running_var
+        else:
+            running_mean = running_var = None
+        y = self._batch_norm(
+            input, running_mean, running_var, self.training or (running_mean is None and running_var is None),
+            momentum, residual=residual, **self._fused(fused, weight=self.weight, bias=self.bias),
+        )  # fmt: skip
+        if counter is not None:
+            # Only now, so that a call that raised is not counted.
+            counter.add_(1)
+        return y
+
+    def _batch_norm(
+        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float,
+        **fused: Any,
+    ) -> Tensor:  # fmt: skip
+        return functional.batch_norm(
+            input, running_mean, running_var, training=training, momentum=momentum, eps=self.eps, **fused
+        )
+
+
+class InstanceNorm(Affine):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: None | str | nn.Module = None,
+        padding: int | tuple[int, ...] = 0,
+        padding_mode: str = "reflect",
+    ) -> None:
+        self._construct(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
+        self._check_input_dim(input)
+        unbatched = input.dim() == self._get_no_batch_dim()
+        if input.size(0 if unbatched else 1) != self.num_features:
+            # torch's own forward raises here, or warns when there is no affine.
+            super().forward(input)
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        y = functional.instance_norm(
+            input, self.running_mean, self.running_var, use_input_stats=self.training or not self.track_running_stats,
+            momentum=0.0 if self.momentum is None else self.momentum, eps=self.eps, residual=residual,
+            **self._fused(fused, weight=self.weight, bias=self.bias),
+        )  # fmt: skip
+        if not unbatched:
+            return y
+        return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
+
+
+class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
+    """``torch.nn.BatchNorm1d`` for (N, C) or (N, C, L), with fused activation, residual and padding."""
+
+    _dims = 1
+
+
+class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
+    """``torch.nn.BatchNorm2d`` for (N, C, H, W), with fused activation, residual and padding."""
+
+    _dims = 2
+
+
+class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
+    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with fused activation, residual and padding."""
+
+    _dims = 3
+
+
+class InstanceNorm1d(InstanceNorm, nn.InstanceNorm1d):
+    """``torch.nn.InstanceNorm1d`` for (N, C, L) or (C, L), with fused activation, residual and padding."""
+
+    _dims = 1
+
+
+class InstanceNorm2d(InstanceNorm, nn.InstanceNorm2d):
+    """``torch.nn.InstanceNorm2d`` for (N, C, H, W) or (C, H, W), with fused activation, residual and padding."""
+
+    _dims = 2
+
+
+class InstanceNorm3d(InstanceNorm, nn.InstanceNorm3d):
+    """``torch.nn.InstanceNorm3d`` for (N, C, D, H, W) or (C, D, H, W), with fused activation, residual and padding."""
+
+    _dims = 3
+
+
+class GroupNorm(Affine, nn.GroupNorm):
+    """``torch.nn.GroupNorm`` for (N, C, *), with fused activation, residual and padding."""
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
+        activation: None | str | nn.Module = None,
+        padding: int | tuple[int, ...] = 0,
+        padding_mode: str = "reflect",
+    ) -> None:
+        self._construct(
+            num_groups, num_channels, eps, affine, device, dtype,
+            bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.group_norm``, in place of the module's own."""
+        return functional.group_norm(
+            input, self.num_groups, eps=self.eps, residual=residual,
+            **self._fused(fused, weight=self.weight, bias=self.bias),
+        )  # fmt: skip
+
+
+class LayerNorm(Activated, nn.LayerNorm):
+    """``torch.nn.LayerNorm``, with fused activation and residual."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: None | str | nn.Module = None,
+    ) -> None:
+        self._construct(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
+        return functional.layer_norm(
+            input, self.normalized_shape, eps=self.eps, residual=residual,
+            **self._fused(fused, weight=self.weight, bias=self.bias),
+        )  # fmt: skip
+
+
+class RMSNorm(Activated, nn.RMSNorm):
+    """``torch.nn.RMSNorm``, with fused activation and residual."""
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: None | str | nn.Module = None,
+    ) -> None:
+        self._construct(normalized_shape, eps, elementwise_affine, device, dtype, activation=activation)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
+        return functional.rms_norm(
+            input, self.normalized_shape, eps=self.eps, residual=residual, **self._fused(fused, weight=self.weight)
+        )
+
+
+class LayerNorm2d(Fused, nn.LayerNorm):
+    """Layer norm over the channels of (N, C, H, W), as in ConvNeXt, with fused activation, residual and padding."""
+
+    _dims = 2
+
+    def __init__(
+        self,
+        num_channels: int,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: None | str | nn.Module = None,
+        padding: int | tuple[int, ...] = 0,
+        padding_mode: str = "reflect",
+    ) -> None:
+        self._construct(
+            num_channels, eps, elementwise_affine, bias, device, dtype,
+            activation=activation, padding=padding, padding_mode=padding_mode,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+        """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
+        check_4d(input)
+        return functional._channel_norm(
+            input, self.normalized_shape, eps=self.eps, residual=residual,
+            **self._fused(fused, weight=self.weight, bias=self.bias),
+        )  # fmt: skip

@@ -1,0 +1,1 @@
+"""Which regime and block sizes a kernel runs with: heuristic, cost model, measurement and table."""
