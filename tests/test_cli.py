@@ -171,7 +171,7 @@ def test_full_disk_is_a_user_error(tmp_path):
 
 def test_demo_without_matplotlib_names_the_extra(monkeypatch, capsys):
     monkeypatch.delattr(tn.cli, "picture")
-    monkeypatch.delitem(sys.modules, "triton_norm.picture")
+    monkeypatch.delitem(sys.modules, "triton_norm.cli.picture")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit) as stopped:
         main(["demo"])
