@@ -23,8 +23,8 @@ from torch import nn
 
 from triton_norm import functional
 from triton_norm.cli.demo import Progress, table
-from triton_norm.launching import launch
-from triton_norm.ops import autograd
+
+
 
 from . import common
 from .common import Parser, UserError

@@ -19,8 +19,8 @@ from unittest import mock
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_norm import functional
-from triton_norm.launching import launch
+from triton_norm.ops import backend as ops_backend
+from triton_norm.launching.launch import Launch, OPTIONS
 from triton_norm.tuning.plan import Device
 
 #: Name, target, and the multiprocessors of a typical card.
@@ -96,7 +96,7 @@ def kernels_for_cpu_tensors() -> Iterator[None]:
     Only for drivers and launchers that run nothing.
     """
     environment = {"TRITON_NORM_BACKEND": "triton", "TRITON_NORM_AUTOTUNE": "0"}
-    with mock.patch.dict(os.environ, environment), mock.patch.object(functional, "_INTERPRETED", True):
+    with mock.patch.dict(os.environ, environment), mock.patch.object(ops_backend, "INTERPRETED", True):
         yield
 
 

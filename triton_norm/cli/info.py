@@ -8,8 +8,8 @@ import torch
 
 import triton_norm
 
-from .. import functional
 from ..kernels import AVAILABLE, triton
+from ..ops import backend as ops_backend
 from ..tuning import autotune
 
 NAME = "info"
@@ -44,10 +44,10 @@ def device_name(device: torch.device) -> str:
 def backend(device: torch.device) -> str:
     """``"torch"``, ``"triton"`` or ``"interpreter"``: what a call on tensors of this device runs."""
     try:
-        choice = functional._backend(torch.empty(0, device=device))
+        choice = ops_backend.of(torch.empty(0, device=device))
     except (ValueError, RuntimeError) as error:
         raise UserError(str(error)) from error
-    return "interpreter" if choice == "triton" and functional._INTERPRETED else choice
+    return "interpreter" if choice == "triton" and ops_backend.INTERPRETED else choice
 
 
 BACKENDS = {

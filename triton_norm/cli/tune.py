@@ -133,7 +133,7 @@ def run_case(case: Case, dtype: torch.dtype, device: torch.device) -> None:
     elif case.norm == "layer":
         y = functional.layer_norm(x, weight.shape, weight, bias, **rest)
     elif case.norm == "layer2d":
-        y = functional._channel_norm(x, weight.shape, weight, bias, 1e-5, padding=case.padding, **rest)
+        y = functional.channel_norm(x, weight.shape, weight, bias, padding=case.padding, **rest)
     else:
         y = {
             "batch": partial(functional.batch_norm, running_mean=None, running_var=None, training=True),
@@ -192,17 +192,17 @@ def progress(items: list[T], doing: str) -> Iterator[T]:
 
 
 def label(problem: Problem) -> str:
-    kind, shape, strides, _, dtype, backward, reduce, extra, width, affine, *_ = problem.arguments
+    (kind, shape, strides, dtype, width), work = problem.walked, problem.work
     features = kind in ("layer", "rms")
     words = ["layer2d" if kind == "channels" else kind, "x".join(map(str, shape))]
     words += [f"over {width}"] if features and width != shape[-1] else []
     words += [f"groups={shape[1] // width}"] if kind in ("group", "planes") and width else []
-    words += [str(dtype).removeprefix("torch.")]
+    words += [dtype]
     words += ["channels_last"] if not features and len(shape) > 2 and strides[1] == 1 and shape[1] > 1 else []
-    words += ["per-element"] if affine == "element" else []
-    words += ["backward" if backward else "forward"]
-    words += [] if reduce else ["given statistics"]
-    return " ".join(words + ([extra] if extra != "none" else []))
+    words += ["per-element"] if work.affine == "element" else []
+    words += ["backward" if work.backward else "forward"]
+    words += [] if work.reduce else ["given statistics"]
+    return " ".join(words + ([work.extra] if work.extra != "none" else []))
 
 
 def report(problems: list[Problem]) -> None:
@@ -240,8 +240,6 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.channels_last:
             wanted = [case._replace(layout="channels_last") for case in wanted]
     device = gpu()
-    from ..launching import launch  # only now: it needs Triton
-
     if arguments.model:
         runs = [(arguments.model, lambda: run_model(make, sizes, dtype, arguments.channels_last, device))]
     else:
@@ -249,7 +247,7 @@ def run(arguments: argparse.Namespace) -> int:
     found = met(runs, "listing")
     with autotune.mode("1" if arguments.quick else "full", budget=math.inf):
         for problem in progress(found, "tuning"):
-            launch.tune(problem)
+            autotune.tune(problem)
         report(found)
     print(f"Table: {autotune.path()}")
     if arguments.export:

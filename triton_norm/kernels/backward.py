@@ -8,152 +8,155 @@ With dz = act'(z) dy, g = dz * weight and x̂ = (x - mean) * rstd, for a row or 
 
 without Σ g where no mean is subtracted. Where the weight is constant on all that shares its statistics, Σ dz and
 Σ dz x̂ of a row serve both dx and, summed over the rows of a channel, the parameters. There are no atomics, and every
-result is bitwise repeatable. Sums lie as (Q, ..., rows): Σ dz x̂ (or Σ g x̂), Σ dz (or Σ g), then dslope.
+result is bitwise repeatable. Sums lie as (Q, ..., rows): Σ dz x̂ (or Σ g x̂), Σ dz (or Σ g), then dslope. Parameters
+into which a single row sums get their gradients from the kernel that has the sum.
 """
 
 from . import tl, triton
 from .padding import load_folded
+from .structs import Activation, Gradients, Operands, Sizes, Strides, Tile, Upstream
 from .tiles import (
     COLUMN,
     ELEMENT,
     ROW,
-    affine_at,
     columns,
-    count,
+    dense_offsets,
     load_affine,
     load_bits,
     load_columns,
     load_rows,
     load_statistics,
+    load_tile,
     load_weight,
     offsets,
     over_group,
     row_block,
+    row_length,
     statistics_at,
-    tile_mask,
+    store_columns,
+    store_tile,
+    tile_of,
 )
 
 
 @triton.jit
-def load_dy(
-    dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d,
-    PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+def load_upstream(
+    upstream, rows, tile, at, sizes, y_strides, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr
 ):  # fmt: skip
-    """A tile of the gradient of what the forward pass wrote, and the offsets of all dense tensors but x."""
-    row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
+    """A tile of the gradient of what the forward pass wrote."""
     if PAD is None:
-        return tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC), row_at, k_at, s_at
+        return load_tile(upstream.dy, at, tile, ACC)
     else:
-        dz = load_folded(dy, row_at, k, s, mask, K, H, S, y_d, y_k, y_s, PAD, ACC, LAYOUT)
-        if dplain is not None:
-            dz += tl.load(dplain + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
-        return dz, x_row_at, x_k_at, x_s_at
+        d = load_folded(upstream.dy, rows, tile, sizes, y_strides, PAD, ACC, LAYOUT)
+        if upstream.dplain is not None:
+            d += load_tile(upstream.dplain, at, tile, ACC)
+        return d
 
 
 @triton.jit
-def through_bits(
-    d, bits, tile, row, live, K, S, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
+def through_bits(d, bits, rows, tile, sizes, activation, BLOCK: tl.constexpr):
     """dz where one bit an element stands for z: neither x nor the residual is read for it."""
-    on = load_bits(bits, tile, row, live, K, S, R, BLOCK_K, BLOCK_S)
-    return d * tl.where(on, tl.full(d.shape, ON, d.dtype), tl.full(d.shape, OFF, d.dtype))
+    on = load_bits(bits, rows, tile, sizes, BLOCK)
+    return d * tl.where(on, tl.full(d.shape, activation.ON, d.dtype), tl.full(d.shape, activation.OFF, d.dtype))
 
 
 @triton.jit
 def through_activation(
-    d, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
-    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    d, values, mean, rstd, w, operands, rows, tile, at, sizes, activation, NORM: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
     """dz, and the integrand of the slope's gradient."""
     # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
     z = (values - mean) * (rstd * w)
-    z += load_affine(bias, at, live, row_at, k_at, s_at, mask, 0.0, NORM, ACC)
-    if residual is not None:
-        z += tl.load(residual + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-    if slope is not None:
-        return d * DERIVATIVE(z, load_rows(slope, channel, live, 0.0, ACC), P1), d * tl.where(z > 0, 0.0, z)
+    z += load_affine(operands.bias, at, rows, tile, sizes, 0.0, NORM, ACC)
+    if operands.residual is not None:
+        z += load_tile(operands.residual, at, tile, ACC)
+    if operands.slope is not None:
+        slope = load_rows(operands.slope, rows.channel, rows.live, 0.0, ACC)
+        return d * activation.DERIVATIVE(z, slope, activation.P1), d * tl.where(z > 0, 0.0, z)
     else:
-        return d * DERIVATIVE(z, P0, P1), d
+        return d * activation.DERIVATIVE(z, activation.P0, activation.P1), d
 
 
 @triton.jit
-def _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask):
+def store_elements(gradients, dz, normalized, at, tile):
     """The gradients of an affine with a weight and a bias for each element."""
-    if dweight is not None:
-        tl.store(dweight + row_at + k_at + s_at, dz * normalized, mask=mask)
-    if dbias is not None:
-        tl.store(dbias + row_at + k_at + s_at, dz, mask=mask)
+    if gradients.dweight is not None:
+        store_tile(gradients.dweight, at, tile, dz * normalized)
+    if gradients.dbias is not None:
+        store_tile(gradients.dbias, at, tile, dz)
 
 
 @triton.jit
-def _whole_rows(
-    block,
-    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
-    G, K, S, rows, channels, per_sample,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
+def store_parameters(gradients, sum_dzx, sum_dz, sum_ds, rows, sizes, NORM: tl.constexpr):
+    """The gradients of those parameters that no two rows share, contiguous: of an affine per row, and of slopes."""
+    if NORM.AFFINE == ROW:
+        at = rows.channel
+        if sizes.per_sample is not None:
+            at = rows.index
+        if gradients.dweight is not None:
+            tl.store(gradients.dweight + at, sum_dzx, mask=rows.live)
+        if gradients.dbias is not None:
+            tl.store(gradients.dbias + at, sum_dz, mask=rows.live)
+    if gradients.dslope is not None:
+        tl.store(gradients.dslope + rows.channel, sum_ds, mask=rows.live)
+
+
+@triton.jit
+def differentiate_rows(
+    block, operands, upstream, gradients, bits, statistics, sums, sizes, x_strides, y_strides, activation,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
-    """One block of rows, in registers. Returns dz and x̂."""
-    AFFINE: tl.constexpr = NORM[0]
-    GROUP: tl.constexpr = NORM[2]
-    CENTERED: tl.constexpr = NORM[4]
-    CORRECTION: tl.constexpr = NORM[5]
-    a, g, live = row_block(block, G, R, NORM, LAYOUT)
-    k, s = columns(0, S, BLOCK_K, BLOCK_S)
-    row = a.to(tl.int64) * G + g
-    channel = g % channels
-    mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
-    x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
-    dz, row_at, k_at, s_at = load_dy(
-        dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d, PAD, ACC, LAYOUT
-    )  # fmt: skip
+    """One block of whole rows, in registers. Returns dz and x̂."""
+    rows = row_block(block, sizes, BLOCK, NORM, LAYOUT)
+    tile = tile_of(rows, 0, sizes, BLOCK, LAYOUT)
+    x_at = offsets(rows, tile, x_strides, LAYOUT)
+    at = dense_offsets(rows, tile, x_strides, y_strides, PAD, LAYOUT)
+    dz = load_upstream(upstream, rows, tile, at, sizes, y_strides, PAD, ACC, LAYOUT)
     if bits is not None:
         # Before x is read: fewer values are alive while the bits are spread over the tile.
-        dz = through_bits(dz, bits, 0, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
-        if dresidual is not None:
-            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
-    values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
-    mean, rstd = load_statistics(statistics, row, channel, live, rows, channels, NORM)
-    at = affine_at(row, channel, channels, per_sample)
-    w = load_weight(weight, at, live, row_at, k_at, s_at, mask, NORM, ACC)
+        dz = through_bits(dz, bits, rows, tile, sizes, activation, BLOCK)
+        if gradients.dresidual is not None:
+            store_tile(gradients.dresidual, at, tile, dz)
+    values = load_tile(operands.x, x_at, tile, ACC)
+    mean, rstd = load_statistics(statistics, rows, sizes, NORM)
+    w = load_weight(operands.weight, at, rows, tile, sizes, NORM, ACC)
     ds = dz
     if bits is None:
-        dz, ds = through_activation(
-            dz, values, mean, rstd, w, residual, bias, slope, row_at, k_at, s_at, mask, at, channel, live,
-            DERIVATIVE, P0, P1, NORM, ACC,
-        )  # fmt: skip
-        if dresidual is not None:
-            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
-    normalized = tl.where(mask, (values - mean) * rstd, 0.0)
+        dz, ds = through_activation(dz, values, mean, rstd, w, operands, rows, tile, at, sizes, activation, NORM, ACC)
+        if gradients.dresidual is not None:
+            store_tile(gradients.dresidual, at, tile, dz)
+    normalized = tl.where(tile.mask, (values - mean) * rstd, 0.0)
     d = dz
-    if AFFINE != ROW:
-        if AFFINE == ELEMENT:
-            _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask)
+    if NORM.AFFINE != ROW:
+        if NORM.AFFINE == ELEMENT:
+            store_elements(gradients, dz, normalized, at, tile)
         d = dz * w
     sum_d = tl.sum(d, 1)
     sum_dx = tl.sum(d * normalized, 1)
-    if AFFINE != COLUMN and sums is not None:
-        tl.store(sums + row, sum_dx, mask=live)
-        tl.store(sums + rows + row, sum_d, mask=live)
-        if slope is not None:
-            tl.store(sums + 2 * rows + row, tl.sum(ds, 1), mask=live)
-    if dx is not None:
-        if FOLDED:
+    if NORM.AFFINE != COLUMN:
+        sum_ds = sum_d
+        if operands.slope is not None:
+            sum_ds = tl.sum(ds, 1)
+        if sums is not None:
+            tl.store(sums + rows.index, sum_dx, mask=rows.live)
+            tl.store(sums + sizes.rows + rows.index, sum_d, mask=rows.live)
+            if operands.slope is not None:
+                tl.store(sums + 2 * sizes.rows + rows.index, sum_ds, mask=rows.live)
+        store_parameters(gradients, sum_dx, sum_d, sum_ds, rows, sizes, NORM)
+    if gradients.dx is not None:
+        if FOLDED and PAD is None:
             # One offset an element is too much to keep alive across the sums, and the compiler would keep it. The
             # grid has a single row of programs, but the compiler does not know, so it computes these anew.
             nothing = tl.num_programs(1) - 1
-            if PAD is None:
-                row_at, k_at, s_at = offsets(a, g, k + nothing, s + nothing, y_a, y_g, y_k, y_s, LAYOUT)
-        n = count(K, S, ACC) * GROUP
+            again = Tile(0, tile.k + nothing, tile.s + nothing, tile.mask)
+            at = offsets(rows, again, y_strides, LAYOUT)
+        n = row_length(sizes, ACC) * NORM.GROUP
         mean_d = (sum_d / n)[:, None]
-        mean_dx = (sum_dx / (n - CORRECTION))[:, None]
+        mean_dx = (sum_dx / (n - NORM.CORRECTION))[:, None]
         scale = rstd
-        if AFFINE == ROW:
-            if GROUP > 1:
+        if NORM.AFFINE == ROW:
+            if NORM.GROUP > 1:
                 # The weight differs between the rows that share their statistics.
                 d = d * w
                 mean_d = mean_d * w
@@ -163,89 +166,87 @@ def _whole_rows(
         mean_d = over_group(mean_d, NORM)
         mean_dx = over_group(mean_dx, NORM)
         d = d - normalized * mean_dx
-        if CENTERED:
+        if NORM.CENTERED:
             d = d - mean_d
-        tl.store(dx + row_at + k_at + s_at, d * scale, mask=mask)
+        store_tile(gradients.dx, at, tile, d * scale)
     return dz, normalized
 
 
 @triton.jit
 def persistent_backward(
-    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
+    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, sums, weight, bias, slope,
     G, K, S, rows, channels, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
     """R whole rows in registers: x and dy read once, dx written once. Grid (row blocks,).
 
+    Gradients of an affine per row, and dslope, are given only where each row has parameters of its own; otherwise the
+    rows' ``sums`` (Q, rows) are.
+
     With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks and writes its share
     of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
     """
-    AFFINE: tl.constexpr = NORM[0]
     # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
-    LONG: tl.constexpr = BLOCK_K * BLOCK_S > 4096 or (residual is not None and BLOCK_K * BLOCK_S > 2048)
-    if AFFINE == COLUMN:
-        k, s = columns(0, S, BLOCK_K, BLOCK_S)
-        w = load_columns(weight, k, s, K, S, 1.0, ACC)
+    LONG: tl.constexpr = BLOCK.K * BLOCK.S > 4096 or (residual is not None and BLOCK.K * BLOCK.S > 2048)
+    upstream = Upstream(dy, dplain)
+    sizes = Sizes(G, K, S, rows, channels, per_sample, H)
+    x_strides = Strides(x_a, x_g, x_k, x_s, None)
+    y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
+    if NORM.AFFINE == COLUMN:
+        k, s = columns(0, S, BLOCK.K, BLOCK.S)
+        w = load_columns(weight, k, s, sizes, 1.0, ACC)
         if not LONG:
-            bias_columns = load_columns(bias, k, s, K, S, 0.0, ACC)
-        sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
-        sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+            bias_columns = load_columns(bias, k, s, sizes, 0.0, ACC)
+        sum_dzx = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+        sum_dz = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
         first = tl.program_id(0) * steps
         for block in range(first, tl.minimum(first + steps, blocks)):
             if LONG:
-                b = load_columns(bias, k, s, K, S, 0.0, ACC)
+                b = load_columns(bias, k, s, sizes, 0.0, ACC)
             else:
                 b = bias_columns
-            dz, normalized = _whole_rows(
-                block, x, dy, dplain, dx, dresidual, None, None, residual, bits, statistics, sums, w, b, slope,
-                G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-                DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT, FOLDED,
+            dz, normalized = differentiate_rows(
+                block, Operands(x, residual, w, b, slope), upstream, Gradients(dx, dresidual, None, None, None),
+                bits, statistics, sums, sizes, x_strides, y_strides, Activation(None, DERIVATIVE, P0, P1, ON, OFF),
+                BLOCK, NORM, PAD, ACC, LAYOUT, FOLDED,
             )  # fmt: skip
             if dweight is not None:
                 sum_dzx += dz * normalized
             if dbias is not None:
                 sum_dz += dz
-        _store_columns(dweight, sum_dzx, tl.program_id(0), k, s, K, S)
-        _store_columns(dbias, sum_dz, tl.program_id(0), k, s, K, S)
+        store_columns(dweight, sum_dzx, tl.program_id(0), k, s, sizes)
+        store_columns(dbias, sum_dz, tl.program_id(0), k, s, sizes)
     else:
-        _whole_rows(
-            tl.program_id(0),
-            x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, sums, weight, bias, slope,
-            G, K, S, rows, channels, per_sample, x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
-            DERIVATIVE, P0, P1, ON, OFF, R, BLOCK_K, BLOCK_S, NORM, PAD, ACC, EVEN, LAYOUT, FOLDED,
+        differentiate_rows(
+            tl.program_id(0), Operands(x, residual, weight, bias, slope), upstream,
+            Gradients(dx, dresidual, dweight, dbias, dslope),
+            bits, statistics, sums, sizes, x_strides, y_strides, Activation(None, DERIVATIVE, P0, P1, ON, OFF),
+            BLOCK, NORM, PAD, ACC, LAYOUT, FOLDED,
         )  # fmt: skip
 
 
 @triton.jit
-def _store_columns(target, total, share, k, s, K, S):
-    """A program's sums over its rows, to (shares, columns)."""
-    if target is not None:
-        at = tl.full((), 1, tl.int64) * share * K * S + k * S + s
-        tl.store(target + at, tl.sum(total, 0), mask=(k < K) & (s < S))
-
-
-@triton.jit
-def _row_mean(sums, row, live, rows, P, n, BLOCK_P: tl.constexpr):
-    """A row's mean as (R, 1), from the (P, rows) sums of the programs that shared it."""
+def row_total(sums, plane: tl.constexpr, rows, sizes, P, BLOCK_P: tl.constexpr):
+    """Each row's total, from that plane's (P, rows) sums of the programs that shared it."""
+    sums += tl.full((), plane, tl.int64) * P * sizes.rows
     p = tl.arange(0, BLOCK_P)
-    at = p.to(tl.int64)[None, :] * rows + row[:, None]
-    return (tl.sum(tl.load(sums + at, mask=live[:, None] & (p < P)[None, :], other=0.0), 1) / n)[:, None]
+    at = p.to(tl.int64)[None, :] * sizes.rows + rows.index[:, None]
+    return tl.sum(tl.load(sums + at, mask=rows.live[:, None] & (p < P)[None, :], other=0.0), 1)
 
 
 @triton.jit
 def gradient(
-    x, dy, dplain, dx, dresidual, dweight, dbias, residual, bits, statistics, mean, variance, sums, partials,
+    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, mean, variance, sums, partials,
     weight, bias, slope,
     G, K, S, rows, channels, per_sample, tiles, steps, P,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     eps: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_P: tl.constexpr,
-    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """One pass over x and dy, P programs sharing R rows. Grid (row blocks, P).
 
@@ -253,91 +254,99 @@ def gradient(
     affine per element it writes those, using the ``sums`` of an earlier pass unless the statistics are given (eval):
     (Q, P, rows) or, where rows share their statistics, (Q, those), of g then, not of dz, unless one weight serves all.
     The pass that has sums runs backwards, to meet in L2 what the pass before it read last.
+
+    Gradients of an affine per row, and dslope, are given only where each row has parameters of its own: to the pass
+    that totals the (Q, P, rows) sums, or to one without sums whose programs have rows to themselves.
     """
-    AFFINE: tl.constexpr = NORM[0]
-    GROUP: tl.constexpr = NORM[2]
-    CENTERED: tl.constexpr = NORM[4]
-    CORRECTION: tl.constexpr = NORM[5]
-    PER_CHANNEL: tl.constexpr = NORM[6]
     # Whether the sums are those of g: not where the weight is the same for all that shares a mean.
-    WEIGHTED: tl.constexpr = AFFINE != ROW or GROUP > 1 or (PER_CHANNEL and per_sample is not None)
+    WEIGHTED: tl.constexpr = NORM.AFFINE != ROW or NORM.GROUP > 1 or (NORM.PER_CHANNEL and per_sample is not None)
+    ROW_GRADIENTS: tl.constexpr = NORM.AFFINE == ROW and (dweight is not None or dbias is not None)
+    SUMS: tl.constexpr = partials is not None or (sums is None and (ROW_GRADIENTS or dslope is not None))
+    upstream = Upstream(dy, dplain)
+    gradients = Gradients(dx, dresidual, dweight, dbias, dslope)
+    sizes = Sizes(G, K, S, rows, channels, per_sample, H)
+    x_strides = Strides(x_a, x_g, x_k, x_s, None)
+    y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     share = tl.program_id(1)
     block = tl.program_id(0)
     if sums is not None:
         share = tl.num_programs(1) - 1 - share
         block = tl.num_programs(0) - 1 - block
-    a, g, live = row_block(block, G, R, NORM, LAYOUT)
-    row = a.to(tl.int64) * G + g
-    channel = g % channels
-    at = affine_at(row, channel, channels, per_sample)
-    if AFFINE == ROW:
-        weight_of_row = load_weight(weight, at, live, row, row, row, live, NORM, ACC)
+    of = row_block(block, sizes, BLOCK, NORM, LAYOUT)
+    if NORM.AFFINE == ROW:
+        weight_of_row = load_weight(weight, None, of, None, sizes, NORM, ACC)
     if mean is not None:
-        center = load_rows(mean, channel, live, 0.0, ACC)
-        rstd = tl.rsqrt(load_rows(variance, channel, live, 1.0, ACC) + eps)
+        center = load_rows(mean, of.channel, of.live, 0.0, ACC)
+        rstd = tl.rsqrt(load_rows(variance, of.channel, of.live, 1.0, ACC) + eps)
     else:
-        center, rstd = load_statistics(statistics, row, channel, live, rows, channels, NORM)
+        center, rstd = load_statistics(statistics, of, sizes, NORM)
     if sums is not None:
-        n = count(K, S, ACC) * GROUP
-        if PER_CHANNEL:
+        n = row_length(sizes, ACC) * NORM.GROUP
+        if NORM.PER_CHANNEL:
             n = n * (rows // channels)
-        if PER_CHANNEL or GROUP > 1:
-            index, total = statistics_at(row, channel, rows, channels, NORM)
-            mean_dx = (tl.load(sums + index, mask=live, other=0.0) / (n - CORRECTION))[:, None]
-            mean_d = (tl.load(sums + total + index, mask=live, other=0.0) / n)[:, None]
+        if NORM.PER_CHANNEL or NORM.GROUP > 1:
+            place, total = statistics_at(of, sizes, NORM)
+            sum_dx = tl.load(sums + place, mask=of.live, other=0.0)
+            sum_d = tl.load(sums + total + place, mask=of.live, other=0.0)
         else:
-            mean_dx = _row_mean(sums, row, live, rows, P, n - CORRECTION, BLOCK_P)
-            mean_d = _row_mean(sums + tl.full((), 1, tl.int64) * P * rows, row, live, rows, P, n, BLOCK_P)
-    if partials is not None:
-        sum_dx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
-        sum_d = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+            sum_dx = row_total(sums, 0, of, sizes, P, BLOCK_P)
+            sum_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
+            if share == 0:
+                sum_ds = sum_d
+                if dslope is not None:
+                    sum_ds = row_total(sums, 2, of, sizes, P, BLOCK_P)
+                store_parameters(gradients, sum_dx, sum_d, sum_ds, of, sizes, NORM)
+        mean_dx = (sum_dx / (n - NORM.CORRECTION))[:, None]
+        mean_d = (sum_d / n)[:, None]
+    if SUMS:
+        sums_dx = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+        sums_d = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
         if slope is not None:
-            sum_ds = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
+            sums_ds = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
     first = share * steps
     last = tl.minimum(first + steps, tiles)
     for step in range(first, last):
-        tile = step
+        index = step
         if sums is not None:
-            tile = first + last - 1 - step
-        k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
-        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
-        dz, row_at, k_at, s_at = load_dy(
-            dy, dplain, a, g, k, s, mask, x_row_at, x_k_at, x_s_at, K, S, y_a, y_g, y_k, y_s, H, y_d, PAD, ACC, LAYOUT
-        )  # fmt: skip
-        values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
+            index = first + last - 1 - step
+        tile = tile_of(of, index, sizes, BLOCK, LAYOUT)
+        x_at = offsets(of, tile, x_strides, LAYOUT)
+        at = dense_offsets(of, tile, x_strides, y_strides, PAD, LAYOUT)
+        dz = load_upstream(upstream, of, tile, at, sizes, y_strides, PAD, ACC, LAYOUT)
+        values = load_tile(x, x_at, tile, ACC)
+        w = weight
         b = bias
-        if AFFINE == ROW:
+        if NORM.AFFINE == COLUMN:
+            w = load_columns(weight, tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(bias, tile.k, tile.s, sizes, 0.0, ACC)
+        if NORM.AFFINE == ROW:
             w = weight_of_row
-        elif AFFINE == COLUMN:
-            w = load_columns(weight, k, s, K, S, 1.0, ACC)
-            b = load_columns(bias, k, s, K, S, 0.0, ACC)
         else:
-            w = load_weight(weight, at, live, row_at, k_at, s_at, mask, NORM, ACC)
+            w = load_weight(w, at, of, tile, sizes, NORM, ACC)
         ds = dz
         if bits is not None:
-            dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
+            dz = through_bits(dz, bits, of, tile, sizes, Activation(None, DERIVATIVE, P0, P1, ON, OFF), BLOCK)
         else:
             dz, ds = through_activation(
-                dz, values, center, rstd, w, residual, b, slope, row_at, k_at, s_at, mask, at, channel, live,
-                DERIVATIVE, P0, P1, NORM, ACC,
+                dz, values, center, rstd, w, Operands(x, residual, w, b, slope), of, tile, at, sizes,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF), NORM, ACC,
             )  # fmt: skip
-        normalized = tl.where(mask, (values - center) * rstd, 0.0)
-        if AFFINE == ELEMENT:
-            _store_elements(dweight, dbias, dz, normalized, row_at, k_at, s_at, mask)
+        normalized = tl.where(tile.mask, (values - center) * rstd, 0.0)
+        if NORM.AFFINE == ELEMENT:
+            store_elements(gradients, dz, normalized, at, tile)
         if dresidual is not None:
-            tl.store(dresidual + row_at + k_at + s_at, dz, mask=mask)
-        if partials is not None:
+            store_tile(dresidual, at, tile, dz)
+        if SUMS:
             d = dz
-            if AFFINE != ROW:
+            if NORM.AFFINE != ROW:
                 d = dz * w
-            sum_dx += d * normalized
-            sum_d += d
+            sums_dx += d * normalized
+            sums_d += d
             if slope is not None:
-                sum_ds += ds
+                sums_ds += ds
         if dx is not None:
             if sums is None:
-                tl.store(dx + row_at + k_at + s_at, dz * (rstd * w), mask=mask)
+                store_tile(dx, at, tile, dz * (rstd * w))
             else:
                 d = dz
                 scale = rstd
@@ -345,126 +354,20 @@ def gradient(
                     d = dz * w
                 else:
                     scale = rstd * w
-                if CENTERED:
+                if NORM.CENTERED:
                     d -= mean_d
-                tl.store(dx + row_at + k_at + s_at, (d - normalized * mean_dx) * scale, mask=mask)
-    if partials is not None:
-        to = share.to(tl.int64) * rows + row
-        plane = tl.num_programs(1).to(tl.int64) * rows
-        tl.store(partials + to, tl.sum(sum_dx, 1), mask=live)
-        tl.store(partials + plane + to, tl.sum(sum_d, 1), mask=live)
+                store_tile(dx, at, tile, (d - normalized * mean_dx) * scale)
+    if SUMS:
+        row_dx = tl.sum(sums_dx, 1)
+        row_d = tl.sum(sums_d, 1)
+        row_ds = row_d
         if slope is not None:
-            tl.store(partials + 2 * plane + to, tl.sum(sum_ds, 1), mask=live)
-
-
-@triton.jit
-def column_gradients(
-    x, dy, dweight, dbias, residual, bits, statistics, weight, bias,
-    G, K, S, rows, blocks, steps,
-    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
-    DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
-    """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
-
-    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows.
-    """
-    tile = tl.program_id(0)
-    k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-    w = load_columns(weight, k, s, K, S, 1.0, ACC)
-    b = load_columns(bias, k, s, K, S, 0.0, ACC)
-    first = tl.program_id(1) * steps
-    sum_dzx = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
-    sum_dz = tl.zeros((R, BLOCK_K * BLOCK_S), ACC)
-    for block in range(first, tl.minimum(first + steps, blocks)):
-        a, g, live = row_block(block, G, R, NORM, LAYOUT)
-        row = a.to(tl.int64) * G + g
-        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
-        x_row_at, x_k_at, x_s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
-        row_at, k_at, s_at = offsets(a, g, k, s, y_a, y_g, y_k, y_s, LAYOUT)
-        dz = tl.load(dy + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        values = tl.load(x + x_row_at + x_k_at + x_s_at, mask=mask, other=0.0).to(ACC)
-        mean, rstd = load_statistics(statistics, row, row, live, rows, rows, NORM)
-        if bits is not None:
-            dz = through_bits(dz, bits, tile, row, live, K, S, ON, OFF, R, BLOCK_K, BLOCK_S)
-        else:
-            dz, _ = through_activation(
-                dz, values, mean, rstd, w, residual, b, None, row_at, k_at, s_at, mask, row, row, live,
-                DERIVATIVE, P0, P1, NORM, ACC,
-            )  # fmt: skip
-        if dweight is not None:
-            sum_dzx += tl.where(mask, dz * ((values - mean) * rstd), 0.0)
-        if dbias is not None:
-            sum_dz += dz
-    _store_columns(dweight, sum_dzx, tl.program_id(1), k, s, K, S)
-    _store_columns(dbias, sum_dz, tl.program_id(1), k, s, K, S)
-
-
-@triton.jit
-def shared_sums(
-    partials, totals, weight, rows, channels, per_sample, P, sets, members, set_step, member_step,
-    R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Σ g x̂ and Σ g, to totals (2, sets), of rows that share their statistics, from sums of dz, (2, P, rows).
-
-    Row ``i * set_step + j * member_step`` is member j of set i. Grid (blocks of R sets,).
-    """
-    UNIT: tl.constexpr = NORM[1]
-    i = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    plane = tl.full((), 1, tl.int64) * P * rows
-    sum_dx = tl.zeros((R, BLOCK), ACC)
-    sum_d = tl.zeros((R, BLOCK), ACC)
-    for start in range(0, P * members, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        mask = (i < sets)[:, None] & (j < P * members)[None, :]
-        row = (i * set_step)[:, None] + (j % members)[None, :].to(tl.int64) * member_step
-        at = (j // members).to(tl.int64)[None, :] * rows + row
-        w = tl.full((R, BLOCK), 1, ACC)
-        if weight is not None:
-            w = tl.load(weight + affine_at(row, row % channels, channels, per_sample), mask=mask, other=0.0).to(ACC)
-            if UNIT:
-                w += 1.0
-        sum_dx += w * tl.load(partials + at, mask=mask, other=0.0)
-        sum_d += w * tl.load(partials + plane + at, mask=mask, other=0.0)
-    tl.store(totals + i, tl.sum(sum_dx, 1), mask=i < sets)
-    tl.store(totals + sets + i, tl.sum(sum_d, 1), mask=i < sets)
-
-
-@triton.jit
-def _column_sum(source, target, total_at, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    total = tl.zeros((BLOCK_L, BLOCK_M), ACC)
-    for start in range(0, L, BLOCK_L):
-        at_l = start + tl.arange(0, BLOCK_L)
-        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
-        total += tl.load(source + at, mask=(at_l < L)[:, None] & (at_m < M)[None, :], other=0.0)
-    summed = tl.sum(total, 0)
-    if target is not None:
-        tl.store(target + at_m, summed, mask=at_m < M)
-    if total_at is not None:
-        tl.store(total_at + at_m, summed, mask=at_m < M)
-
-
-@triton.jit
-def column_sums(
-    source, totals, first, second, third, L, M, Q: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr,
-):  # fmt: skip
-    """Sums each of Q (L, M) planes of source over L. Grid (M blocks,).
-
-    The sums go to the parameters' gradients that are wanted and, where a later pass needs them, to ``totals`` (Q, M).
-    """
-    at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    plane = tl.full((), 1, tl.int64) * L * M
-    if totals is not None:
-        _column_sum(source, first, totals, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        _column_sum(source + plane, second, totals + M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if Q == 3:
-            _column_sum(source + 2 * plane, third, totals + 2 * M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-    else:
-        if first is not None:
-            _column_sum(source, first, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if second is not None:
-            _column_sum(source + plane, second, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if third is not None:
-            _column_sum(source + 2 * plane, third, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+            row_ds = tl.sum(sums_ds, 1)
+        if partials is not None:
+            to = share.to(tl.int64) * rows + of.index
+            plane = tl.num_programs(1).to(tl.int64) * rows
+            tl.store(partials + to, row_dx, mask=of.live)
+            tl.store(partials + plane + to, row_d, mask=of.live)
+            if slope is not None:
+                tl.store(partials + 2 * plane + to, row_ds, mask=of.live)
+        store_parameters(gradients, row_dx, row_d, row_ds, of, sizes, NORM)

@@ -4,11 +4,11 @@ A line of ``size`` elements is padded by ``low`` in front and ``high`` behind. A
 places, the first its own, and over the (at most three) dimensions the places multiply. The forward pass writes an
 element to all its places; the backward pass sums the gradients found there, in a fixed order and without atomics.
 
-PAD is None, or the compile-time tuple (mode, low and high of D, of H, of W), the mode as a number of ``MODES``. The
-columns of a tile are then k = (d, h), s = w.
+PAD is None or a ``structs.Pad``. The columns of a tile are then k = (d, h), s = w.
 """
 
 from . import tl, triton
+from .tiles import row_offsets
 
 REFLECT, REPLICATE, CIRCULAR, ZEROS = map(tl.constexpr, range(4))
 MODES = {"reflect": 0, "replicate": 1, "circular": 2, "zeros": 3}
@@ -48,63 +48,48 @@ def place(i, size, low: tl.constexpr, high: tl.constexpr, j, MODE: tl.constexpr)
 @triton.jit
 def all_places(PAD: tl.constexpr):
     """The product over the dimensions."""
-    MODE: tl.constexpr = PAD[0]
-    LOW_D: tl.constexpr = PAD[1]
-    HIGH_D: tl.constexpr = PAD[2]
-    LOW_H: tl.constexpr = PAD[3]
-    HIGH_H: tl.constexpr = PAD[4]
-    LOW_W: tl.constexpr = PAD[5]
-    HIGH_W: tl.constexpr = PAD[6]
-    return places(LOW_D, HIGH_D, MODE) * places(LOW_H, HIGH_H, MODE) * places(LOW_W, HIGH_W, MODE)
+    along_d = places(PAD.LOW_D, PAD.HIGH_D, PAD.MODE)
+    return along_d * places(PAD.LOW_H, PAD.HIGH_H, PAD.MODE) * places(PAD.LOW_W, PAD.HIGH_W, PAD.MODE)
 
 
 @triton.jit
-def padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, LAYOUT: tl.constexpr):
+def padded_offsets(j, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
     """Column offsets of the j-th place in the padded tensor, and which columns have one."""
-    MODE: tl.constexpr = PAD[0]
-    LOW_D: tl.constexpr = PAD[1]
-    HIGH_D: tl.constexpr = PAD[2]
-    LOW_H: tl.constexpr = PAD[3]
-    HIGH_H: tl.constexpr = PAD[4]
-    LOW_W: tl.constexpr = PAD[5]
-    HIGH_W: tl.constexpr = PAD[6]
-    along_h = places(LOW_H, HIGH_H, MODE)
-    along_w = places(LOW_W, HIGH_W, MODE)
-    d, d_there = place(k // H, K // H, LOW_D, HIGH_D, j // (along_h * along_w), MODE)
-    h, h_there = place(k % H, H, LOW_H, HIGH_H, (j // along_w) % along_h, MODE)
-    w, w_there = place(s, S, LOW_W, HIGH_W, j % along_w, MODE)
-    WIDE: tl.constexpr = LAYOUT[0]
-    if WIDE:
+    along_h = places(PAD.LOW_H, PAD.HIGH_H, PAD.MODE)
+    along_w = places(PAD.LOW_W, PAD.HIGH_W, PAD.MODE)
+    H = sizes.H
+    d, d_there = place(tile.k // H, sizes.K // H, PAD.LOW_D, PAD.HIGH_D, j // (along_h * along_w), PAD.MODE)
+    h, h_there = place(tile.k % H, H, PAD.LOW_H, PAD.HIGH_H, (j // along_w) % along_h, PAD.MODE)
+    w, w_there = place(tile.s, sizes.S, PAD.LOW_W, PAD.HIGH_W, j % along_w, PAD.MODE)
+    if LAYOUT.WIDE:
         d = d.to(tl.int64)
         h = h.to(tl.int64)
         w = w.to(tl.int64)
-    return (d * stride_d + h * stride_h + w * stride_w)[None, :], (d_there & h_there & w_there)[None, :]
+    at = d * strides.d + h * strides.k + w * strides.s
+    return at[None, :], (d_there & h_there & w_there)[None, :]
 
 
 @triton.jit
-def store_padded(
-    y, value, row_at, k, s, mask, K, H, S, stride_d, stride_h, stride_w, PAD: tl.constexpr, LAYOUT: tl.constexpr
-):  # fmt: skip
+def store_padded(y, value, rows, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
     """Writes a tile to all its places."""
+    row_at = row_offsets(rows, strides, LAYOUT)
     for j in range(all_places(PAD)):
-        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, LAYOUT)
+        at, there = padded_offsets(j, tile, sizes, strides, PAD, LAYOUT)
         written = value
-        if PAD[0] == ZEROS:
-            written = tl.where(tl.zeros_like(mask).to(tl.int32) + j == 0, value, 0.0)
-        tl.store(y + row_at + at, written, mask=mask & there)
+        if PAD.MODE == ZEROS:
+            written = tl.where(tl.zeros_like(tile.mask).to(tl.int32) + j == 0, value, 0.0)
+        tl.store(y + row_at + at, written, mask=tile.mask & there)
 
 
 @triton.jit
-def load_folded(
-    dy, row_at, k, s, mask, K, H, S, stride_d, stride_h, stride_w,
-    PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
-):  # fmt: skip
+def load_folded(dy, rows, tile, sizes, strides, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr):
     """The sum of the gradients at all places of a tile; the zeros of "zeros" take none."""
-    total = tl.zeros(mask.shape, ACC)
+    row_at = row_offsets(rows, strides, LAYOUT)
+    total = tl.zeros(tile.mask.shape, ACC)
     last = all_places(PAD)
-    if PAD[0] == ZEROS:
+    if PAD.MODE == ZEROS:
         last = 1
     for j in range(last):
-        at, there = padded_offsets(j, k, s, K, H, S, stride_d, stride_h, stride_w, PAD, LAYOUT)
-        total += tl.load(dy + row_at + at, mask=mask & there, other=0.0).to(ACC)
+        at, there = padded_offsets(j, tile, sizes, strides, PAD, LAYOUT)
+        total += tl.load(dy + row_at + at, mask=tile.mask & there, other=0.0).to(ACC)
     return total

@@ -5,7 +5,8 @@ tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and devia
 """
 
 from . import tl, triton
-from .tiles import columns, count, offsets, over_group, row_block, tile_mask
+from .structs import Running, Sizes, Strides
+from .tiles import load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
 
 
 @triton.jit
@@ -15,8 +16,7 @@ def moments(x, live, n, CORRECT: tl.constexpr, NORM: tl.constexpr):
     Without a mean to subtract (RMS norm) that is 0 and Σx². CORRECT takes back the rounding of the mean, which matters
     where it is large against the deviation: the corrected two-pass algorithm of Chan, Golub and LeVeque (1983).
     """
-    CENTERED: tl.constexpr = NORM[4]
-    if not CENTERED:
+    if not NORM.CENTERED:
         return tl.zeros((x.shape[0],), x.dtype), tl.sum(x * x, 1)
     mean = tl.sum(x, 1) / n
     centered = tl.where(live, x - mean[:, None], 0.0)
@@ -32,35 +32,32 @@ def moments(x, live, n, CORRECT: tl.constexpr, NORM: tl.constexpr):
 @triton.jit
 def group_moments(mean, m2, live, n, NORM: tl.constexpr):
     """Mean and second moment of each row's group, from those of its rows of n elements each."""
-    GROUP: tl.constexpr = NORM[2]
-    SPAN: tl.constexpr = NORM[3]
-    if SPAN == 1:
+    if NORM.SPAN == 1:
         return mean, m2
     else:
-        center = over_group(tl.where(live, mean, 0.0)[:, None], NORM) / GROUP
+        center = over_group(tl.where(live, mean, 0.0)[:, None], NORM) / NORM.GROUP
         distance = tl.where(live[:, None], mean[:, None] - center, 0.0)
         m2 = over_group(m2[:, None] + n * distance * distance, NORM)
         return tl.reshape(center, mean.shape), tl.reshape(m2, mean.shape)
 
 
 @triton.jit
-def combine(partials, index, live, rows, P, BLOCK: tl.constexpr, NORM: tl.constexpr):
+def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, NORM: tl.constexpr):
     """Combines what partial_statistics wrote into one mean and second moment per row or, with GROUP, per group."""
-    GROUP: tl.constexpr = NORM[2]
-    first = index * GROUP
+    first = index * NORM.GROUP
     plane = tl.full((), 1, tl.int64) * P * rows
     anchor = tl.load(partials + 3 * plane + first, mask=live, other=0.0)
     n = tl.zeros_like(anchor)
     mean = tl.zeros_like(anchor)
     m2 = tl.zeros_like(anchor)
-    for start in range(0, P * GROUP, BLOCK):
-        j = start + tl.arange(0, BLOCK)
-        mask = live[:, None] & (j < P * GROUP)[None, :]
-        row = first[:, None] + (j % GROUP)[None, :]
-        at = (j // GROUP).to(tl.int64)[None, :] * rows + row
+    for start in range(0, P * NORM.GROUP, BLOCK_P):
+        j = start + tl.arange(0, BLOCK_P)
+        mask = live[:, None] & (j < P * NORM.GROUP)[None, :]
+        row = first[:, None] + (j % NORM.GROUP)[None, :]
+        at = (j // NORM.GROUP).to(tl.int64)[None, :] * rows + row
         n_j = tl.load(partials + at, mask=mask, other=0.0)
         mean_j = tl.load(partials + plane + at, mask=mask, other=0.0)
-        if GROUP > 1:
+        if NORM.GROUP > 1:
             # Every row measured from its own anchor; a difference of close numbers is exact.
             mean_j += tl.load(partials + 3 * plane + row, mask=mask, other=0.0) - anchor[:, None]
         m2_j = tl.load(partials + 2 * plane + at, mask=mask, other=0.0)
@@ -76,35 +73,53 @@ def combine(partials, index, live, rows, P, BLOCK: tl.constexpr, NORM: tl.conste
 
 
 @triton.jit
-def update_running(running, value, channel, live, momentum, momentum_rest):
-    """running = (1 - momentum) * running + momentum * value; momentum comes in two float32 parts to keep float64."""
-    old = tl.load(running + channel, mask=live, other=0.0).to(value.dtype)
-    share = tl.full((), momentum, value.dtype) + tl.full((), momentum_rest, value.dtype)
-    tl.store(running + channel, old + share * (value - old), mask=live)
+def running_share(running, ACC: tl.constexpr):
+    """What new statistics count: momentum, in two float32 parts to keep float64, or without it 1 / count."""
+    if running.momentum is None:
+        return 1.0 / tl.load(running.count).to(ACC)
+    else:
+        return tl.full((), running.momentum, ACC) + tl.full((), running.momentum_rest, ACC)
+
+
+@triton.jit
+def move_average(pointer, value, share, at, live):
+    """average = (1 - share) * average + share * value."""
+    old = tl.load(pointer + at, mask=live, other=0.0).to(value.dtype)
+    tl.store(pointer + at, old + share * (value - old), mask=live)
+
+
+@triton.jit
+def update_running(running, mean, unbiased, at, live):
+    """Moves the running statistics; with momentum it also counts the batch, without it that is counted already."""
+    UPDATES: tl.constexpr = running.mean is not None or running.var is not None
+    if UPDATES:
+        share = running_share(running, mean.dtype)
+        if running.mean is not None:
+            move_average(running.mean, mean, share, at, live)
+        if running.var is not None:
+            move_average(running.var, unbiased, share, at, live)
+        if running.count is not None and running.momentum is not None:
+            if tl.program_id(0) == 0:
+                tl.store(running.count, tl.load(running.count) + 1)
 
 
 @triton.jit
 def store_statistics(
-    statistics, running_mean, running_var, at, live, total, mean, m2, n,
-    momentum, momentum_rest, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr, NORM: tl.constexpr,
+    statistics, running, at, live, total, mean, m2, n, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
+    NORM: tl.constexpr,
 ):  # fmt: skip
     """Writes rstd, mean and, on request, the unbiased variance to (1 to 3, total), and updates running statistics.
 
     Running statistics are given only where a row is a channel. Returns rstd.
     """
-    CENTERED: tl.constexpr = NORM[4]
-    CORRECTION: tl.constexpr = NORM[5]
-    rstd = tl.rsqrt(m2 / (n - CORRECTION) + eps)
+    rstd = tl.rsqrt(m2 / (n - NORM.CORRECTION) + eps)
     unbiased = m2 / (n - 1.0)
     tl.store(statistics + at, rstd, mask=live)
-    if CENTERED:
+    if NORM.CENTERED:
         tl.store(statistics + total + at, mean, mask=live)
     if STORE_VARIANCE:
         tl.store(statistics + 2 * total + at, unbiased, mask=live)
-    if running_mean is not None:
-        update_running(running_mean, mean, at, live, momentum, momentum_rest)
-    if running_var is not None:
-        update_running(running_var, unbiased, at, live, momentum, momentum_rest)
+    update_running(running, mean, unbiased, at, live)
     return rstd
 
 
@@ -113,8 +128,7 @@ def partial_statistics(
     x, partials,
     G, K, S, rows, tiles, steps,
     x_a, x_g, x_k, x_s,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
-    NORM: tl.constexpr, ACC: tl.constexpr, EVEN: tl.constexpr, LAYOUT: tl.constexpr,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
 
@@ -122,55 +136,51 @@ def partial_statistics(
     only three digits behind the point in float32, and the differences of such means, times their counts, would enter
     the variance.
     """
-    CENTERED: tl.constexpr = NORM[4]
-    a, g, live = row_block(tl.program_id(0), G, R, NORM, LAYOUT)
+    # Statistics depend on no channel.
+    sizes = Sizes(G, K, S, rows, 1, None, None)
+    strides = Strides(x_a, x_g, x_k, x_s, None)
+    block = row_block(tl.program_id(0), sizes, BLOCK, NORM, LAYOUT)
     first = tl.program_id(1) * steps
-    if CENTERED:
-        row_at, _, _ = offsets(a, g, tl.arange(0, 1), tl.arange(0, 1), x_a, x_g, x_k, x_s, LAYOUT)
-        anchor = tl.load(x + row_at, mask=live[:, None], other=0.0).to(ACC)
+    if NORM.CENTERED:
+        anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
     else:
-        anchor = tl.zeros((R, 1), ACC)
+        anchor = tl.zeros((BLOCK.R, 1), ACC)
     n = tl.full((), 0, ACC)
-    mean = tl.zeros((R,), ACC)
-    m2 = tl.zeros((R,), ACC)
-    for tile in range(first, tl.minimum(first + steps, tiles)):
-        k, s = columns(tile, S, BLOCK_K, BLOCK_S)
-        mask = tile_mask(live, k, s, K, S, EVEN, LAYOUT)
-        row_at, k_at, s_at = offsets(a, g, k, s, x_a, x_g, x_k, x_s, LAYOUT)
-        n_tile = tl.sum(((k < K) & (s < S)).to(ACC), 0)
-        values = tl.load(x + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
-        mean_tile, m2_tile = moments(tl.where(mask, values - anchor, 0.0), mask, n_tile, False, NORM)
+    mean = tl.zeros((BLOCK.R,), ACC)
+    m2 = tl.zeros((BLOCK.R,), ACC)
+    for index in range(first, tl.minimum(first + steps, tiles)):
+        tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
+        n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
+        values = load_tile(x, offsets(block, tile, strides, LAYOUT), tile, ACC)
+        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, NORM)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share
         m2 += m2_tile + delta * delta * n * share
         n += n_tile
-    row = a.to(tl.int64) * G + g
-    at = tl.program_id(1).to(tl.int64) * rows + row
+    at = tl.program_id(1).to(tl.int64) * rows + block.index
     plane = tl.num_programs(1).to(tl.int64) * rows
-    tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=live)
-    tl.store(partials + plane + at, mean, mask=live)
-    tl.store(partials + 2 * plane + at, m2, mask=live)
+    tl.store(partials + at, tl.zeros((BLOCK.R,), ACC) + n, mask=block.live)
+    tl.store(partials + plane + at, mean, mask=block.live)
+    tl.store(partials + 2 * plane + at, m2, mask=block.live)
     if tl.program_id(1) == 0:
-        tl.store(partials + 3 * plane + row, tl.reshape(anchor, (R,)), mask=live)
+        tl.store(partials + 3 * plane + block.index, tl.reshape(anchor, (BLOCK.R,)), mask=block.live)
 
 
 @triton.jit
 def finalize_statistics(
-    partials, statistics, running_mean, running_var, momentum, momentum_rest,
+    partials, statistics, running_mean, running_var, count, momentum, momentum_rest,
     K, S, rows, P, eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
-    R: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
+    R: tl.constexpr, BLOCK_P: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Combines partial statistics of groups, or where they are too many for every program of the next pass.
 
     Grid (blocks of R rows or groups,).
     """
-    GROUP: tl.constexpr = NORM[2]
     index = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
-    total = rows // GROUP
+    total = rows // NORM.GROUP
     live = index < total
-    mean, m2 = combine(partials, index, live, rows, P, BLOCK, NORM)
-    store_statistics(
-        statistics, running_mean, running_var, index, live, total, mean, m2, count(K, S, ACC) * GROUP,
-        momentum, momentum_rest, eps, STORE_VARIANCE, NORM,
-    )  # fmt: skip
+    mean, m2 = combine(partials, index, live, rows, P, BLOCK_P, NORM)
+    running = Running(running_mean, running_var, count, momentum, momentum_rest)
+    n = row_length(Sizes(None, K, S, rows, 1, None, None), ACC) * NORM.GROUP
+    store_statistics(statistics, running, index, live, total, mean, m2, n, eps, STORE_VARIANCE, NORM)

@@ -1,27 +1,11 @@
 """Where a program's tile lies, and what of its rows is constant.
 
-A tile is R rows by C = BLOCK_K * BLOCK_S columns, two-dimensional so that a sum over a row is one reduction along one
-axis. See geometry.py for (A, G, K, S).
-
-LAYOUT is what is known of the memory layout at compile time, a tuple: WIDE, G_OF, S_OF.
-
-- WIDE: column offsets take 64 bits, as row offsets always do.
-- G_OF divides G where neighbours in memory lie along it, and every stride but that of 1; S_OF is the same for S. One of
-  them, or both, is 1. Triton knows of a number only whether 16 divides it, and would read a plane of 14 x 14 float32
-  numbers one by one, where these let it read four at a time.
-
-NORM is what tells the norms apart, a compile-time tuple: AFFINE, UNIT, GROUP, SPAN, CENTERED, CORRECTION, PER_CHANNEL.
-
-- AFFINE: weight and bias are constant on a ROW, or one per COLUMN, or one per ELEMENT, laid out like the residual.
-- UNIT: the weight is 1 + weight.
-- GROUP neighbouring rows share their statistics. Where a program holds all of a group it has SPAN rows of the tile for
-  it, the next power of two; where rows are walked in tiles SPAN is 1.
-- CENTERED: the mean is subtracted; without it (RMS norm) it counts as 0 and is neither stored nor differentiated.
-- CORRECTION is what is taken from the number of elements when the variance is divided by it.
-- PER_CHANNEL: rows are planes of a batch norm, so statistics are those of a row's channel.
+A tile is R rows by C = BLOCK.K * BLOCK.S columns, two-dimensional so that a sum over a row is one reduction along one
+axis. See geometry.py for (A, G, K, S) and structs.py for what is passed around.
 """
 
 from . import tl, triton
+from .structs import Offsets, Rows, Tile
 
 ROW, COLUMN, ELEMENT = map(tl.constexpr, range(3))
 #: The numbers of AFFINE by name.
@@ -38,61 +22,54 @@ def multiple(n, OF: tl.constexpr):
 
 
 @triton.jit
-def row_block(block, G, R: tl.constexpr, NORM: tl.constexpr, LAYOUT: tl.constexpr):
-    """Sample a, rows g of a block of R rows, and which of them exist.
-
-    a is a scalar, so that no element pays for the division.
-    """
-    GROUP: tl.constexpr = NORM[2]
-    SPAN: tl.constexpr = NORM[3]
-    G_OF: tl.constexpr = LAYOUT[1]
-    G = multiple(G, G_OF)
-    r = tl.arange(0, R)
-    if SPAN == 1 or SPAN == GROUP:
-        blocks = tl.cdiv(G, R)
-        g = (block % blocks) * R + r
-        return block // blocks, g, g < G
+def row_block(block, sizes, BLOCK: tl.constexpr, NORM: tl.constexpr, LAYOUT: tl.constexpr):
+    """The rows of a block. Its sample a is a scalar, so that no element pays for the division."""
+    G = multiple(sizes.G, LAYOUT.G_OF)
+    r = tl.arange(0, BLOCK.R)
+    if NORM.SPAN == 1 or NORM.SPAN == NORM.GROUP:
+        blocks = tl.cdiv(G, BLOCK.R)
+        g = (block % blocks) * BLOCK.R + r
+        live = g < G
     else:
-        blocks = tl.cdiv(G // GROUP, R // SPAN)
-        g = ((block % blocks) * (R // SPAN) + r // SPAN) * GROUP + r % SPAN
-        return block // blocks, g, (r % SPAN < GROUP) & (g < G)
+        groups: tl.constexpr = BLOCK.R // NORM.SPAN
+        blocks = tl.cdiv(G // NORM.GROUP, groups)
+        g = ((block % blocks) * groups + r // NORM.SPAN) * NORM.GROUP + r % NORM.SPAN
+        live = (r % NORM.SPAN < NORM.GROUP) & (g < G)
+    a = block // blocks
+    return Rows(a, g, a.to(tl.int64) * sizes.G + g, g % sizes.channels, live)
 
 
 @triton.jit
-def over_group(rows, NORM: tl.constexpr):
+def over_group(values, NORM: tl.constexpr):
     """Each row's number, (R, 1) and 0 where there is no row, summed over the rows of its group."""
-    SPAN: tl.constexpr = NORM[3]
-    if SPAN == 1:
-        return rows
+    if NORM.SPAN == 1:
+        return values
     else:
-        R: tl.constexpr = rows.shape[0]
-        total = tl.sum(tl.reshape(rows, (R // SPAN, SPAN)), 1)
-        return tl.reshape(tl.broadcast_to(total[:, None], (R // SPAN, SPAN)), (R, 1))
+        R: tl.constexpr = values.shape[0]
+        total = tl.sum(tl.reshape(values, (R // NORM.SPAN, NORM.SPAN)), 1)
+        return tl.reshape(tl.broadcast_to(total[:, None], (R // NORM.SPAN, NORM.SPAN)), (R, 1))
 
 
 @triton.jit
-def statistics_at(row, channel, rows, channels, NORM: tl.constexpr):
+def statistics_at(rows, sizes, NORM: tl.constexpr):
     """Which mean and rstd are a row's, and how many there are in all."""
-    GROUP: tl.constexpr = NORM[2]
-    PER_CHANNEL: tl.constexpr = NORM[6]
-    if PER_CHANNEL:
-        return channel, channels
-    elif GROUP > 1:
-        return row // GROUP, rows // GROUP
+    if NORM.PER_CHANNEL:
+        return rows.channel, sizes.channels
+    elif NORM.GROUP > 1:
+        return rows.index // NORM.GROUP, sizes.rows // NORM.GROUP
     else:
-        return row, rows
+        return rows.index, sizes.rows
 
 
 @triton.jit
-def load_statistics(statistics, row, channel, live, rows, channels, NORM: tl.constexpr):
+def load_statistics(statistics, rows, sizes, NORM: tl.constexpr):
     """Mean and rstd of each row, (R, 1)."""
-    CENTERED: tl.constexpr = NORM[4]
-    at, total = statistics_at(row, channel, rows, channels, NORM)
-    if CENTERED:
-        mean = tl.load(statistics + total + at, mask=live, other=0.0)[:, None]
-        return mean, tl.load(statistics + at, mask=live, other=0.0)[:, None]
+    at, total = statistics_at(rows, sizes, NORM)
+    if NORM.CENTERED:
+        mean = tl.load(statistics + total + at, mask=rows.live, other=0.0)[:, None]
+        return mean, tl.load(statistics + at, mask=rows.live, other=0.0)[:, None]
     else:
-        rstd = tl.load(statistics + at, mask=live, other=0.0)[:, None]
+        rstd = tl.load(statistics + at, mask=rows.live, other=0.0)[:, None]
         return tl.zeros_like(rstd), rstd
 
 
@@ -114,37 +91,61 @@ def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def offsets(a, g, k, s, stride_a, stride_g, stride_k, stride_s, LAYOUT: tl.constexpr):
-    """Offsets of rows (R, 1), and of columns in k and in s, both (1, C): to be added to a pointer one after the other.
+def tile_of(rows, index, sizes, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
+    """A block's index-th tile. EVEN promises that all its elements exist: that spares the indices their registers."""
+    k, s = columns(index, sizes.S, BLOCK.K, BLOCK.S)
+    there = (k < sizes.K) & (s < multiple(sizes.S, LAYOUT.S_OF))
+    if LAYOUT.EVEN:
+        mask = tl.full((rows.live.shape[0], there.shape[0]), True, tl.int1)
+    else:
+        mask = rows.live[:, None] & there[None, :]
+    return Tile(index, k, s, mask)
 
-    Kept apart so that what waits in registers for a later store is a few 32-bit numbers, which repeat along the tile,
-    and not a 64-bit address per element: that decides whether long channels_last rows spill.
-    """
-    WIDE: tl.constexpr = LAYOUT[0]
-    G_OF: tl.constexpr = LAYOUT[1]
-    S_OF: tl.constexpr = LAYOUT[2]
-    if WIDE:
+
+@triton.jit
+def row_offsets(rows, strides, LAYOUT: tl.constexpr):
+    a = rows.a.to(tl.int64) * multiple(strides.a, LAYOUT.G_OF * LAYOUT.S_OF)
+    return (a + rows.g.to(tl.int64) * multiple(strides.g, LAYOUT.S_OF))[:, None]
+
+
+@triton.jit
+def offsets(rows, tile, strides, LAYOUT: tl.constexpr):
+    """Where a tile is in a tensor."""
+    k = tile.k
+    s = tile.s
+    if LAYOUT.WIDE:
         k = k.to(tl.int64)
         s = s.to(tl.int64)
-    rows = a.to(tl.int64) * multiple(stride_a, G_OF * S_OF) + g.to(tl.int64) * multiple(stride_g, S_OF)
-    return rows[:, None], (k * multiple(stride_k, G_OF * S_OF))[None, :], (s * multiple(stride_s, G_OF))[None, :]
+    return Offsets(
+        row_offsets(rows, strides, LAYOUT),
+        (k * multiple(strides.k, LAYOUT.G_OF * LAYOUT.S_OF))[None, :],
+        (s * multiple(strides.s, LAYOUT.G_OF))[None, :],
+    )
 
 
 @triton.jit
-def tile_mask(live, k, s, K, S, EVEN: tl.constexpr, LAYOUT: tl.constexpr):
-    """Which elements of a tile exist. EVEN promises all: that spares the indices their registers."""
-    S_OF: tl.constexpr = LAYOUT[2]
-    columns = (k < K) & (s < multiple(S, S_OF))
-    if EVEN:
-        return tl.full((live.shape[0], columns.shape[0]), True, tl.int1)
+def dense_offsets(rows, tile, x_strides, y_strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
+    """Where a tile is in all dense tensors but x: laid out like y, unless that is padded."""
+    if PAD is None:
+        return offsets(rows, tile, y_strides, LAYOUT)
     else:
-        return live[:, None] & columns[None, :]
+        return offsets(rows, tile, x_strides, LAYOUT)
 
 
 @triton.jit
-def count(K, S, ACC: tl.constexpr):
+def load_tile(pointer, at, tile, ACC: tl.constexpr):
+    return tl.load(pointer + at.row + at.k + at.s, mask=tile.mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def store_tile(pointer, at, tile, value):
+    tl.store(pointer + at.row + at.k + at.s, value, mask=tile.mask)
+
+
+@triton.jit
+def row_length(sizes, ACC: tl.constexpr):
     """K * S in the accumulation dtype, where it cannot overflow."""
-    return tl.full((), 1, ACC) * K * S
+    return tl.full((), 1, ACC) * sizes.K * sizes.S
 
 
 @triton.jit
@@ -157,63 +158,68 @@ def load_rows(pointer, at, live, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_columns(pointer, k, s, K, S, default: tl.constexpr, ACC: tl.constexpr):
+def load_columns(pointer, k, s, sizes, default: tl.constexpr, ACC: tl.constexpr):
     """One value per column as (1, C), or the default where there is no tensor."""
     if pointer is None:
         return default
     else:
-        return tl.load(pointer + k * S + s, mask=(k < K) & (s < S), other=0.0).to(ACC)[None, :]
+        mask = (k < sizes.K) & (s < sizes.S)
+        return tl.load(pointer + k * sizes.S + s, mask=mask, other=0.0).to(ACC)[None, :]
 
 
 @triton.jit
-def load_affine(
-    source, at, live, row_at, k_at, s_at, mask, default: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr
-):  # fmt: skip
+def store_columns(pointer, total, share, k, s, sizes):
+    """A program's sums over its rows, to (shares, columns)."""
+    if pointer is not None:
+        at = tl.full((), 1, tl.int64) * share * sizes.K * sizes.S + k * sizes.S + s
+        tl.store(pointer + at, tl.sum(total, 0), mask=(k < sizes.K) & (s < sizes.S))
+
+
+@triton.jit
+def load_affine(source, at, rows, tile, sizes, default: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr):
     """Weight or bias of a tile as (R, 1), (1, C) or (R, C), or the default where there is no tensor.
 
     Of an affine per column the source is what load_columns loaded: once for all the rows that a program walks.
     """
-    AFFINE: tl.constexpr = NORM[0]
-    if AFFINE == COLUMN:
+    if NORM.AFFINE == COLUMN:
         return source
-    elif AFFINE == ROW or source is None:
-        return load_rows(source, at, live, default, ACC)
+    elif NORM.AFFINE == ROW or source is None:
+        place = affine_at(rows.index, rows.channel, sizes.channels, sizes.per_sample)
+        return load_rows(source, place, rows.live, default, ACC)
     else:
-        return tl.load(source + row_at + k_at + s_at, mask=mask, other=0.0).to(ACC)
+        return load_tile(source, at, tile, ACC)
 
 
 @triton.jit
-def load_weight(source, at, live, row_at, k_at, s_at, mask, NORM: tl.constexpr, ACC: tl.constexpr):
-    UNIT: tl.constexpr = NORM[1]
-    weight = load_affine(source, at, live, row_at, k_at, s_at, mask, 1.0, NORM, ACC)
-    if UNIT:
+def load_weight(source, at, rows, tile, sizes, NORM: tl.constexpr, ACC: tl.constexpr):
+    weight = load_affine(source, at, rows, tile, sizes, 1.0, NORM, ACC)
+    if NORM.UNIT:
         return weight + 1.0
     else:
         return weight
 
 
 @triton.jit
-def _bytes(tile, row, live, K, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
-    k, byte = columns(tile, S // 8, BLOCK_K, BLOCK_S // 8)
-    at = row[:, None] * K * (S // 8) + (k * (S // 8) + byte)[None, :]
-    return at, live[:, None] & ((k < K) & (byte < S // 8))[None, :]
+def _bytes(rows, tile, sizes, BLOCK: tl.constexpr):
+    eighth = sizes.S // 8
+    k, byte = columns(tile.index, eighth, BLOCK.K, BLOCK.S // 8)
+    at = rows.index[:, None] * sizes.K * eighth + (k * eighth + byte)[None, :]
+    return at, rows.live[:, None] & ((k < sizes.K) & (byte < eighth))[None, :]
 
 
 @triton.jit
-def store_bits(
-    pointer, on, tile, row, live, K, S, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr
-):  # fmt: skip
+def store_bits(pointer, on, rows, tile, sizes, BLOCK: tl.constexpr):
     """Packs a tile's predicate, eight columns to a byte, into (rows, K, S / 8). S is a multiple of 8."""
-    eighths = tl.reshape(on.to(tl.int32), (R, BLOCK_K * BLOCK_S // 8, 8))
+    eighths = tl.reshape(on.to(tl.int32), (BLOCK.R, BLOCK.K * BLOCK.S // 8, 8))
     byte = tl.sum(eighths << tl.arange(0, 8)[None, None, :], 2)
-    at, mask = _bytes(tile, row, live, K, S, BLOCK_K, BLOCK_S)
+    at, mask = _bytes(rows, tile, sizes, BLOCK)
     tl.store(pointer + at, byte.to(tl.uint8), mask=mask)
 
 
 @triton.jit
-def load_bits(pointer, tile, row, live, K, S, R: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
+def load_bits(pointer, rows, tile, sizes, BLOCK: tl.constexpr):
     """The predicate that store_bits packed, as a tile."""
-    at, mask = _bytes(tile, row, live, K, S, BLOCK_K, BLOCK_S)
+    at, mask = _bytes(rows, tile, sizes, BLOCK)
     byte = tl.load(pointer + at, mask=mask, other=0).to(tl.int32)
     eighths = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(eighths, (R, BLOCK_K * BLOCK_S)) != 0
+    return tl.reshape(eighths, (BLOCK.R, BLOCK.K * BLOCK.S)) != 0

@@ -1,16 +1,23 @@
 """What every fused norm is mixed with: activation, padding and ``bias=`` as arguments, in ``repr`` and at the call."""
 
 import inspect
-from typing import Any
+from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
-from .. import functional
 from ..activations import resolve
+from ..ops.call import Result, normalize
+from ..ops.checks import check_padding_mode
+from ..spec import Spec
 
 
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
+
+    #: What a call may say in place of the module, as keyword arguments, and what it is where neither says anything.
+    _extras: ClassVar[dict[str, Any]] = {"weight": None, "bias": None, "activation": None}
+    padding: int | tuple[int, ...] = 0
+    padding_mode = "zeros"
 
     def _construct(self, *args: Any, activation: None | str | nn.Module, **options: Any) -> None:
         resolve(activation)
@@ -21,9 +28,35 @@ class Activated(nn.Module):
             # Not through nn.Module's __setattr__: an activation without parameters is a setting, not a submodule.
             self.__dict__["activation"] = activation
 
-    def _fused(self, given: dict[str, Any], **own: Any) -> dict[str, Any]:
-        """The module's ``own`` arguments and its activation, or those of this call."""
-        return {**own, "activation": self.activation, **given}
+    def _call(
+        self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
+        *running: Tensor | None,
+    ) -> Result:  # fmt: skip
+        """One call, of kind, argument, use_stats and momentum, with the module's settings but for those in ``fused``.
+
+        Settings are read at every call, so that a changed one counts at once. ``running`` are mean, variance and count.
+        """
+        if fused:
+            return self._call_with(asked, input, residual, fused, *running)
+        name, numbers, slope = resolve(self.activation)
+        spec = Spec(*asked, self.eps, name, numbers, self.padding, self.padding_mode)
+        return self._run(spec, input, parameter(self, "weight"), parameter(self, "bias"), residual, slope, *running)
+
+    def _call_with(self, asked, input, residual, fused, *running) -> Result:
+        unknown = [name for name in fused if name not in self._extras]
+        if unknown:
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
+        own = {name: getattr(self, name, default) for name, default in self._extras.items()}
+        said = {**own, **fused}
+        name, numbers, slope = resolve(said["activation"])
+        spec = Spec(
+            *asked, self.eps, name, numbers, said.get("padding", 0), said.get("padding_mode", "zeros"),
+            said.get("return_unpadded", False), said.get("unit_offset", False), int(said.get("unbiased", False)),
+        )  # fmt: skip
+        return self._run(spec, input, said["weight"], said.get("bias"), residual, slope, *running)
+
+    #: What a call comes to. A norm that does something else with it overrides this.
+    _run = staticmethod(normalize)
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -35,6 +68,12 @@ class Activated(nn.Module):
 class Fused(Activated):
     """The same with padding, for norms of (N, C, *spatial)."""
 
+    _extras: ClassVar[dict[str, Any]] = {
+        **Activated._extras,
+        "padding": 0,
+        "padding_mode": "reflect",
+        "return_unpadded": False,
+    }
     #: How many spatial dims the input has; None for any number.
     _dims: int | None = None
 
@@ -43,9 +82,6 @@ class Fused(Activated):
         super()._construct(*args, **options)
         self.padding = padding
         self.padding_mode = padding_mode
-
-    def _fused(self, given: dict[str, Any], **own: Any) -> dict[str, Any]:
-        return super()._fused(given, **own, padding=self.padding, padding_mode=self.padding_mode)
 
     def extra_repr(self) -> str:
         own = super().extra_repr()
@@ -56,6 +92,8 @@ class Fused(Activated):
 
 class Affine(Fused):
     """The same with ``bias=``, which older releases of torch do not have on all of these modules."""
+
+    _extras: ClassVar[dict[str, Any]] = {**Fused._extras, "unit_offset": False}
 
     def _construct(self, *args: Any, bias: bool, **options: Any) -> None:
         if "bias" in inspect.signature(super().__init__).parameters:
@@ -73,8 +111,19 @@ class Affine(Fused):
             nn.init.zeros_(self.bias)
 
 
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The attribute, past ``nn.Module``'s search for it; parametrized and pruned modules have it elsewhere."""
+    own = module._parameters
+    return own[name] if name in own else getattr(module, name, None)
+
+
+def buffer(module: nn.Module, name: str) -> Tensor | None:
+    own = module._buffers
+    return own[name] if name in own else getattr(module, name)
+
+
 def check_padding(padding: int | tuple[int, ...], mode: str, dims: int | None) -> None:
-    functional.check_padding_mode(mode)
+    check_padding_mode(mode)
     sides = (padding,) if isinstance(padding, int) else padding
     if (
         not isinstance(sides, (tuple, list))

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import functional
 from .base import Fused
 from .checks import check_4d, check_shapes
 from .norms import BatchNorm, BatchNorm2d, InstanceNorm2d
@@ -44,10 +43,8 @@ class AdaIN2d(Fused):
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
-        return functional.instance_norm(
-            input, weight=scale, bias=shift, eps=self.eps, residual=residual,
-            **self._fused(fused, unbiased=self.unbiased),
-        )  # fmt: skip
+        own = {"weight": scale, "bias": shift, "unbiased": self.unbiased}
+        return self._call_with(("instance", None, True, 0.0), input, residual, {**own, **fused}, None, None, None)
 
     def extra_repr(self) -> str:
         own = f"{self.num_features}, eps={self.eps}" + (", unbiased=True" if self.unbiased else "")
@@ -149,4 +146,5 @@ class SPADE2d(Fused):
         """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
         check_4d(input, self.num_features)
         check_shapes(input.shape, gamma=gamma, beta=beta)
-        return self.norm(input, residual, weight=gamma, bias=beta, unit_offset=True, **self._fused(fused))
+        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
+        return self.norm(input, residual, **{**own, "weight": gamma, "bias": beta, "unit_offset": True, **fused})

@@ -4,13 +4,13 @@ Each class is a subclass of its ``torch.nn`` namesake: same arguments, same para
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
-from .base import Activated, Affine, Fused
+from ..functional import hashable
+from .base import Activated, Affine, Fused, buffer
 from .checks import check_4d
 
 __all__ = [
@@ -51,34 +51,20 @@ class BatchNorm(Affine):
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
         self._check_input_dim(input)
-        tracking = self.training and self.track_running_stats
-        counter = self.num_batches_tracked if tracking else None
-        momentum = self.momentum
-        if momentum is None:
-            momentum = 0.0 if counter is None else 1.0 / float(counter + 1)
+        mean = var = count = None
         if not self.training or self.track_running_stats:
-            running_mean, running_var = self.running_mean, self.running_var
-        else:
-            running_mean = running_var = None
-        y = self._batch_norm(
-            input, running_mean, running_var, self.training or (running_mean is None and running_var is None),
-            momentum, residual=residual, **self._fused(fused, weight=self.weight, bias=self.bias),
-        )  # fmt: skip
-        if counter is not None:
-            # Only now, so that a call that raised is not counted.
-            counter.add_(1)
-        return y
-
-    def _batch_norm(
-        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float,
-        **fused: Any,
-    ) -> Tensor:  # fmt: skip
-        return functional.batch_norm(
-            input, running_mean, running_var, training=training, momentum=momentum, eps=self.eps, **fused
-        )
+            mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
+            if self.training:
+                count = buffer(self, "num_batches_tracked")
+        # Without a momentum it is a cumulative average.
+        momentum = 0.0 if self.momentum is None and count is None else self.momentum
+        use_stats = self.training or (mean is None and var is None)
+        return self._call(("batch", None, use_stats, momentum), input, residual, fused, mean, var, count)
 
 
 class InstanceNorm(Affine):
+    _extras: ClassVar[dict[str, Any]] = {**Affine._extras, "unbiased": False}
+
     def __init__(
         self,
         num_features: int,
@@ -109,11 +95,12 @@ class InstanceNorm(Affine):
         if unbatched:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-        y = functional.instance_norm(
-            input, self.running_mean, self.running_var, use_input_stats=self.training or not self.track_running_stats,
-            momentum=0.0 if self.momentum is None else self.momentum, eps=self.eps, residual=residual,
-            **self._fused(fused, weight=self.weight, bias=self.bias),
+        asked = (
+            "instance", None, self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
         )  # fmt: skip
+        mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
+        y = self._call(asked, input, residual, fused, mean, var, None)
         if not unbatched:
             return y
         return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
@@ -179,10 +166,7 @@ class GroupNorm(Affine, nn.GroupNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.group_norm``, in place of the module's own."""
-        return functional.group_norm(
-            input, self.num_groups, eps=self.eps, residual=residual,
-            **self._fused(fused, weight=self.weight, bias=self.bias),
-        )  # fmt: skip
+        return self._call(("group", self.num_groups, True, 0.0), input, residual, fused, None, None, None)
 
 
 class LayerNorm(Activated, nn.LayerNorm):
@@ -203,14 +187,14 @@ class LayerNorm(Activated, nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
-        return functional.layer_norm(
-            input, self.normalized_shape, eps=self.eps, residual=residual,
-            **self._fused(fused, weight=self.weight, bias=self.bias),
-        )  # fmt: skip
+        asked = ("layer", hashable(self.normalized_shape), True, 0.0)
+        return self._call(asked, input, residual, fused, None, None, None)
 
 
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation and residual."""
+
+    _extras: ClassVar[dict[str, Any]] = {"weight": None, "activation": None}
 
     def __init__(
         self,
@@ -226,9 +210,8 @@ class RMSNorm(Activated, nn.RMSNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
-        return functional.rms_norm(
-            input, self.normalized_shape, eps=self.eps, residual=residual, **self._fused(fused, weight=self.weight)
-        )
+        asked = ("rms", hashable(self.normalized_shape), True, 0.0)
+        return self._call(asked, input, residual, fused, None, None, None)
 
 
 class LayerNorm2d(Fused, nn.LayerNorm):
@@ -257,7 +240,5 @@ class LayerNorm2d(Fused, nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
         check_4d(input)
-        return functional._channel_norm(
-            input, self.normalized_shape, eps=self.eps, residual=residual,
-            **self._fused(fused, weight=self.weight, bias=self.bias),
-        )  # fmt: skip
+        asked = ("channels", hashable(self.normalized_shape), True, 0.0)
+        return self._call(asked, input, residual, fused, None, None, None)

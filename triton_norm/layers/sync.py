@@ -6,14 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as _synchronized
 
-from .. import functional
-from ..activations import resolve
+from ..ops.call import Result, normalize
+from ..ops.checks import check_fused
+from ..spec import Spec
 from .base import Fused
 from .norms import BatchNorm
 
 __all__ = ["SyncBatchNorm"]
-
-_AFFINE = ("weight", "bias")
 
 
 class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
@@ -46,25 +45,29 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         self._check_non_zero_input_channels(input)
         return super().forward(input, residual, **fused)
 
-    def _batch_norm(
-        self, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None, training: bool, momentum: float,
-        **fused: Any,
-    ) -> Tensor:  # fmt: skip
-        group, ranks = self._peers(input) if self.training else (None, 1)
+    def _run(
+        self, spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        slope: Tensor | None, *running: Tensor | None,
+    ) -> Result:  # fmt: skip
+        group, ranks = self._peers(x) if self.training else (None, 1)
         if ranks == 1:
-            return super()._batch_norm(input, running_mean, running_var, training, momentum, **fused)
+            return normalize(spec, x, weight, bias, residual, slope, *running)
         # Before the ranks talk to each other: an error on one of them would leave the others waiting.
-        functional.check_fused(
-            input, resolve(fused["activation"]), fused["residual"], fused["padding"], fused["padding_mode"]
-        )
-        if fused.get("unit_offset") or any(fused[name] is not None and fused[name].dim() > 1 for name in _AFFINE):
+        check_fused(spec, x, residual, slope)
+        mean, var, count = running
+        momentum = spec.momentum
+        if count is not None:
+            count.add_(1)
+            momentum = 1.0 / float(count) if momentum is None else momentum
+        if spec.unit_offset or any(p is not None and p.dim() > 1 for p in (weight, bias)):
             affine = (None, None)
         else:
-            affine = [fused.pop(name) for name in _AFFINE]
-        y = _synchronized.apply(input, *affine, running_mean, running_var, self.eps, momentum, group, ranks)
+            affine, weight, bias = (weight, bias), None, None
+        y = _synchronized.apply(x, *affine, mean, var, self.eps, momentum, group, ranks)
         # What is left, in one pass: a batch norm whose statistics do nothing, since 1 + 1e-30 is 1.
-        zeros, ones = input.new_zeros(input.size(1)), input.new_ones(input.size(1))
-        return functional.batch_norm(y, zeros, ones, eps=1e-30, **fused)
+        zeros, ones = x.new_zeros(x.size(1)), x.new_ones(x.size(1))
+        left = spec.but(use_stats=False, momentum=0.0, eps=1e-30)
+        return normalize(left, y, weight, bias, residual, slope, zeros, ones, None)
 
     def _peers(self, input: Tensor) -> tuple[Any, int]:
         """The process group to synchronize with, and its size."""

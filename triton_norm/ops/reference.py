@@ -1,103 +1,106 @@
-"""Plain PyTorch: the CPU path, the gradient's gradient, and padding.
-
-``kind`` says which elements share a mean:
-
-| kind       | x                | one mean for                                        |
-|------------|------------------|-----------------------------------------------------|
-| "batch"    | (N, C, *spatial) | a channel                                           |
-| "instance" | (N, C, *spatial) | a sample's channel                                  |
-| "group"    | (N, C, *spatial) | ``width`` neighbouring channels of a sample         |
-| "channels" | (N, C, *spatial) | a sample's position, over its channels              |
-| "layer"    | any              | trailing dims of ``width`` elements                 |
-| "rms"      | any              | the same, and only a mean square: nothing is centered |
-
-``weight`` and ``bias`` are None or, for the first three, (C,), (N, C) or of x's own shape; for "channels" (C,), for the
-last two of those trailing dims' shape. ``activation`` maps a tensor to a tensor.
-"""
+"""Plain PyTorch: the CPU path, the gradient's gradient, and padding. ``spec.py`` says what a call is made of."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS, Resolved
+from ..spec import ROWS, Operands, Spec
+
 Activation = Callable[[Tensor], Tensor]
 
-#: Kinds whose rows are trailing dims, and whose parameters have the shape of these.
-ROWS = ("layer", "rms")
 #: Our padding modes, and what ``torch.nn.functional.pad`` calls them.
 PADDING_MODES = {"reflect": "reflect", "replicate": "replicate", "circular": "circular", "zeros": "constant"}
 
 
-def norm(
-    kind: str,
-    x: Tensor,
-    argument: int | Sequence[int] | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    use_stats: bool,
-    momentum: float,
-    eps: float | None,
-) -> Tensor:
-    """torch's own function of this kind; ``argument`` is its num_groups or normalized_shape."""
+def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
+    """torch's own function of this kind, of x, weight, bias and running statistics alone."""
+    x, weight, bias, kind = o.x, o.weight, o.bias, spec.kind
     if kind == "batch":
-        return F.batch_norm(x, running_mean, running_var, weight, bias, use_stats, momentum, eps)
+        return F.batch_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
     if kind == "instance":
-        return F.instance_norm(x, running_mean, running_var, weight, bias, use_stats, momentum, eps)
+        return F.instance_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
     if kind == "group":
-        return F.group_norm(x, argument, weight, bias, eps)
+        return F.group_norm(x, spec.argument, weight, bias, eps)
     if kind == "layer":
-        return F.layer_norm(x, argument, weight, bias, eps)
+        return F.layer_norm(x, spec.argument, weight, bias, eps)
     if kind == "rms":
-        return F.rms_norm(x, argument, weight, eps)
-    y = F.layer_norm(x.movedim(1, -1), argument, weight, bias, eps).movedim(-1, 1)
+        return F.rms_norm(x, spec.argument, weight, eps)
+    y = F.layer_norm(x.movedim(1, -1), spec.argument, weight, bias, eps).movedim(-1, 1)
     return y.contiguous() if x.is_contiguous() else y
 
 
-def normalize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    kind: str,
-    use_stats: bool,
-    momentum: float,
-    eps: float | None,
-    activation: Activation,
-    width: int = 0,
-    unit_offset: bool = False,
-    correction: int = 0,
-) -> Tensor:
+def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """The whole call: ``normalize``, and the padding."""
+    return padded(spec, normalize(spec, Operands(*operands)))
+
+
+def padded(spec: Spec, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """What the spec wants of the unpadded result."""
+    whole = y if spec.padding == 0 else pad(y, spec.padding, spec.padding_mode)
+    return (whole, y) if spec.return_unpadded else whole
+
+
+def normalize(spec: Spec, o: Operands) -> Tensor:
     """``activation(norm(x) * weight + bias + residual)`` by torch's own functions, which also update the statistics.
 
-    With ``unit_offset`` the factor is 1 + weight; with ``correction`` the variance is a sum over n - ``correction``.
-    The result has x's dtype and memory format. ``activation`` is called with a tensor of x's dtype.
+    The result has x's dtype and memory format, and is not padded.
     """
+    x, weight, bias, kind, eps, correction = o.x, o.weight, o.bias, spec.kind, spec.eps, spec.correction
+    momentum = spec.momentum
+    if o.count is not None:
+        o.count.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(o.count)
+    activation = on_torch(spec, o.slope, x)
     if kind == "instance" and x.shape[0] == 1:
         # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
         # output comes in channels_last.
-        kind = "batch"
-    if unit_offset:
+        spec = spec.but(kind="batch")
+    if spec.unit_offset and weight is not None:
         weight = 1 + weight
-    argument = _argument(kind, x, weight, bias, width)
     # torch 2.13's group norm with a bias alone has no gradient on the CPU.
     composed = correction or (kind == "group" and weight is None and bias is not None)
     if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
-        y = norm(kind, x, argument, running_mean, running_var, weight, bias, use_stats, momentum, eps)
-        return finish(y, x, residual, activation)
+        y = norm(spec, Operands(x, weight, o.bias, None, None, o.running_mean, o.running_var), eps, momentum)
+        return finish(y, x, o.residual, activation)
     scale = 1.0
     if correction:
         # d / sqrt(s / (n - 1) + eps), for deviations d with the sum of squares s, by a function that divides by n.
-        n = _count(kind, x, width)
+        n = _count(spec, x)
         part = (n - correction) / n
         scale, eps = part**0.5, eps * part
-    y = norm(kind, x, argument, running_mean, running_var, None, None, use_stats, momentum, eps)
-    return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, residual, activation)
+    y = norm(spec, Operands(x, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
+    return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
+
+
+def on_torch(spec: Spec, slope: Tensor | None, x: Tensor) -> Activation:
+    """The activation for tensors of x's dtype: torch's prelu wants a slope of the same, and autocast would lower it."""
+    # A function and no callable tuple, nor its _replace: the compiler of older releases of torch knows neither.
+    function, numbers = ACTIVATIONS[spec.activation].torch, spec.parameters
+    if slope is None:
+        return lambda z: function(z, *numbers)
+    slope, device = slope.to(x.dtype), x.device.type
+
+    def prelu(z: Tensor) -> Tensor:
+        if not autocasts(device):
+            return function(z, slope)
+        with torch.autocast(device, enabled=False):
+            return function(z, slope)
+
+    return prelu
+
+
+# Asked once: the compiler of older releases of torch cannot trace the question.
+_AUTOCASTING = frozenset(filter(torch.amp.is_autocast_available, ("cpu", "cuda", "xpu", "mps")))
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for this type of device."""
+    return device in _AUTOCASTING and torch.is_autocast_enabled(device)
 
 
 def finish(y: Tensor, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
@@ -107,47 +110,36 @@ def finish(y: Tensor, x: Tensor, residual: Tensor | None, activation: Activation
     return in_format_of(x, activation(y.to(x.dtype)).to(x.dtype))
 
 
-def formula(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    kind: str,
-    use_stats: bool,
-    eps: float,
-    activation: Activation,
-    width: int = 0,
-    unit_offset: bool = False,
-    correction: int = 0,
-) -> Tensor:
+def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Tensor:
     """What ``normalize`` computes, written in elementary operations that differentiate any number of times.
 
-    Computes in float32 (float64 for float64 input), calls ``activation`` in that dtype, returns x's dtype, and leaves
-    the running statistics alone: they are read when ``use_stats`` is false and ignored otherwise.
+    Computes in float32 (float64 for float64 input), calls ``activation``, by default the spec's, in that dtype, returns
+    x's dtype, and leaves the running statistics alone: they are read when statistics are given and ignored otherwise.
     """
+    x, residual, kind, correction = o.x, o.residual, spec.kind, spec.correction
     dtype = torch.promote_types(x.dtype, torch.float32)
-    weight, bias, running_mean, running_var = (
-        None if p is None else p.to(dtype) for p in (weight, bias, running_mean, running_var)
+    weight, bias, slope, running_mean, running_var = (
+        None if p is None else p.to(dtype) for p in (o.weight, o.bias, o.slope, o.running_mean, o.running_var)
     )
     z = x.to(dtype)
-    if use_stats:
-        z, dims = _rows(z, kind, width)
+    if spec.use_stats:
+        z, dims = _rows(spec, z)
         if kind != "rms":
             z = z - z.mean(dims, keepdim=True)
         squares = z.square()
         if correction:
-            n = _count(kind, x, width)
-            variance = squares.sum(dims, keepdim=True) / (n - correction)
+            variance = squares.sum(dims, keepdim=True) / (_count(spec, x) - correction)
         else:
             variance = squares.mean(dims, keepdim=True)
+        eps = torch.finfo(dtype).eps if spec.eps is None else spec.eps
         z = (z * torch.rsqrt(variance + eps)).reshape(x.shape)
     else:
-        z = (z - spread(running_mean, x)) * torch.rsqrt(spread(running_var, x) + eps)
-    z = _affine(z, 1 + weight if unit_offset else weight, bias, kind)
+        z = (z - spread(running_mean, x)) * torch.rsqrt(spread(running_var, x) + spec.eps)
+    z = _affine(z, 1 + weight if spec.unit_offset and weight is not None else weight, bias, kind)
     if residual is not None:
         z = z + residual.to(dtype)
+    if activation is None:
+        activation = Resolved(spec.activation, spec.parameters, slope)
     return activation(z).to(x.dtype)
 
 
@@ -182,8 +174,9 @@ def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) ->
     return y
 
 
-def _rows(z: Tensor, kind: str, width: int) -> tuple[Tensor, list[int]]:
+def _rows(spec: Spec, z: Tensor) -> tuple[Tensor, list[int]]:
     """A view of z and its dims that share a mean."""
+    kind, width = spec.kind, spec.width(z.shape)
     if kind in ROWS:
         return z.reshape(-1, width), [1]
     if kind == "channels":
@@ -193,28 +186,13 @@ def _rows(z: Tensor, kind: str, width: int) -> tuple[Tensor, list[int]]:
     return z, [d for d in range(z.dim()) if d > 1 or (d == 0 and kind == "batch")]
 
 
-def _count(kind: str, x: Tensor, width: int) -> int:
+def _count(spec: Spec, x: Tensor) -> int:
     """How many elements share a mean."""
-    if kind in ROWS:
-        return width
-    if kind == "channels":
+    if spec.kind in ROWS:
+        return spec.width(x.shape)
+    if spec.kind == "channels":
         return x.shape[1]
     positions = math.prod(x.shape[2:])
-    return positions * {"batch": x.shape[0], "instance": 1, "group": width}[kind]
-
-
-def _argument(
-    kind: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, width: int
-) -> int | Sequence[int] | None:
-    """What torch's function of this kind is told in place of ``width``."""
-    if kind == "group":
-        # Without channels any number of groups will do.
-        return x.shape[1] // width if width else 1
-    if kind == "channels":
-        return x.shape[1:2]
-    if kind not in ROWS:
-        return None
-    if weight is not None or bias is not None:
-        return (bias if weight is None else weight).shape
-    dims = next(d for d in range(1, x.dim() + 1) if math.prod(x.shape[-d:]) == width)
-    return x.shape[-dims:]
+    if spec.kind == "group":
+        return positions * spec.width(x.shape)
+    return positions * (x.shape[0] if spec.kind == "batch" else 1)

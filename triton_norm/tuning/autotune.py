@@ -6,7 +6,7 @@ them) or ``0`` (nothing is measured, no table is read: the heuristic plan). Meas
 the package's ``tables`` folder are looked up beneath it. All of this is per process, not per thread: backward passes
 run in threads of their own.
 
-Pure Python: launch.py says what to measure and how.
+A problem brings along how a call with another plan is made; measure.py times it.
 """
 
 import math
@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from . import table
+from . import measure, table
 from .candidates import Work, candidates
 from .plan import Plan
 from .table import Entry, Table
@@ -32,6 +33,16 @@ DEFAULT_BUDGET = 30.0
 SHIPPED = Path(__file__).parent / "tables"
 
 
+class Walked(NamedTuple):
+    """What is normalized and how, as a person would name it: the arguments of ``geometry.view``, and the dtype."""
+
+    kind: str
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: str
+    width: int
+
+
 @dataclass(frozen=True)
 class Problem:
     """One direction of a call. ``target`` names the GPU and compiler, and is None where nothing is compiled."""
@@ -41,8 +52,9 @@ class Problem:
     target: str | None
     #: The GPU's number, None for the CPU.
     device: int | None
-    #: What launch.py makes the problem from.
-    arguments: tuple = field(compare=False)
+    walked: Walked = field(compare=False)
+    #: ``scratch(problem)`` allocates tensors and gives a function from a plan to a call on them, to be measured.
+    scratch: Callable[["Problem"], Callable[[Plan], Callable[[], object]]] = field(compare=False, repr=False)
 
 
 def key(kind: str, dtype: str, work: Work) -> str:
@@ -88,7 +100,13 @@ def on_change(listener: Callable[[], None]) -> None:
     _listeners.append(listener)
 
 
+#: How often ``find`` may have begun to answer differently.
+changes = 0
+
+
 def _changed() -> None:
+    global changes
+    changes += 1
     for listener in _listeners:
         listener()
 
@@ -204,10 +222,10 @@ def find(problem: Problem) -> tuple[Plan, bool]:
     return plan, True
 
 
-def tune(problem: Problem, measurer: Callable[[], Callable[[Plan], float]]) -> None:
+def tune(problem: Problem) -> None:
     """Measures the problem's candidates, unless it is settled, and keeps the fastest: ``find`` knows it from then on.
 
-    ``measurer()`` gives the function from a plan to seconds. Whatever it or that function raises drops the candidate.
+    Whatever a measurement raises drops its candidate.
     """
     with _lock:
         if not find(problem)[1]:  # another thread was first
@@ -216,13 +234,13 @@ def tune(problem: Problem, measurer: Callable[[], Callable[[Plan], float]]) -> N
         if find(problem)[1]:
             start = time.monotonic()
             try:
-                _search(problem, measurer, start)
+                _search(problem, start)
             finally:
                 _state.spent += time.monotonic() - start
         _changed()
 
 
-def _search(problem: Problem, measurer: Callable[[], Callable[[Plan], float]], start: float) -> None:
+def _search(problem: Problem, start: float) -> None:
     name, budget = current_mode(), _budget() - _state.spent
     plans = candidates(problem.work, max(MODES.values()))
     full = len(plans) <= MODES[name]
@@ -230,13 +248,13 @@ def _search(problem: Problem, measurer: Callable[[], Callable[[Plan], float]], s
     seconds: dict[Plan, float] = {}
     measured = 0
     try:
-        measure = measurer()
+        seconds_of = measure.measurer(problem)
         for plan in plans:
             if time.monotonic() - start >= budget:
                 break
             measured += 1
             try:
-                seconds[plan] = measure(plan)
+                seconds[plan] = seconds_of(plan)
             except Exception:
                 # It did not compile, or asked for more than this GPU has. Another candidate will do.
                 continue

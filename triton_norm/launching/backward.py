@@ -1,0 +1,270 @@
+"""The backward direction: from a spec and the operands' layouts to what is allocated and launched at every call."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..kernels import backward as kernels
+from ..kernels import sums as sum_kernels
+from ..spec import Operands, Spec
+from ..tuning.measure import Layout, scratch
+from ..tuning.plan import Plan, cdiv, power_of_2
+from . import operands, sums, tiling
+from .launch import Launch
+from .operands import Affine
+from .sums import Gradients
+from .tiling import Planner, Tiling
+
+
+class Saved(NamedTuple):
+    """What the forward pass leaves for the backward, and the gradients of what it gave, at least one of these."""
+
+    dy: Tensor | None
+    dplain: Tensor | None
+    statistics: Tensor | None
+    bits: Tensor | None
+
+
+Steps = Callable[[Operands, Saved, Gradients], None]
+
+
+class Backward:
+    """A backward pass of operands that lie like those that it was made from; called with such operands.
+
+    ``wanted`` says which gradients of x, weight, bias, residual and slope to give. The residual is needed only where
+    the activation's derivative depends on it and there are no bits. Without activation and padding the residual's
+    gradient is dy, which nobody needs to ask for.
+    """
+
+    def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
+        self.spec, self.wanted = spec, wanted
+        self._elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
+        self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
+        plain = operands.empty_like(spec, operands.dense(o.x) if spec.padding != 0 else o.x)
+        self._plain = (plain.shape, plain.stride())
+        # Where gradients lie like what they are gradients of, that is the cheapest to say.
+        self._like_x = plain.stride() == torch.empty_like(o.x).stride()
+        tidy = self._tidied(o, saved)
+        self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
+        self._steps = _bind(spec, *tidy, plain, wanted, plans)
+
+    def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
+        plain = o.x.new_empty_strided(*self._plain)
+        o = operands.tidied(self.spec, o, plain)
+        dy = saved.dy
+        if self.spec.padding == 0:
+            dy = operands.like(dy, plain)
+        else:
+            padded = operands.empty_padded(self.spec, o.x)
+            dy = padded.zero_() if dy is None else operands.like(dy, padded)
+        return o, saved._replace(dy=dy, dplain=operands.like(saved.dplain, plain))
+
+    def allocate(self, o: Operands) -> Gradients:
+        """Gradients per element are written where x's are; others are contiguous."""
+        x, weight, bias, residual, slope = self.wanted
+        element = torch.empty_like if self._like_x else self._empty
+        parameter = self._empty if self._elementwise else _contiguous
+        return Gradients(
+            element(o.x) if x else None,
+            parameter(o.weight) if weight else None,
+            parameter(o.bias) if bias else None,
+            element(o.x) if residual else None,
+            o.slope.new_empty(self._slope[0]) if slope else None,
+        )
+
+    def _empty(self, t: Tensor) -> Tensor:
+        shape, strides = self._plain
+        return t.new_empty_strided(shape, strides)
+
+    def __call__(self, o: Operands, saved: Saved) -> Gradients:
+        gradients = self.allocate(o)
+        if self._tidy:
+            o, saved = self._tidied(o, saved)
+        self._steps(o, saved, gradients)
+        if gradients.slope is not None and self._slope[0] != self._slope[1]:
+            gradients = gradients._replace(slope=gradients.slope.sum(0, keepdim=True))
+        return gradients
+
+
+def _contiguous(p: Tensor) -> Tensor:
+    return torch.empty_like(p) if p.is_contiguous() else p.new_empty(p.shape)
+
+
+def _bind(
+    spec: Spec, o: Operands, saved: Saved, plain: Tensor, wanted: Sequence[bool], plans: Planner
+) -> Steps:  # fmt: skip
+    affine = Affine.of(spec, o)
+    walked, per_channel = operands.walk(spec, affine)
+    trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], wanted)
+    extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
+    t = tiling.cut(
+        spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine.form, per_channel=per_channel,
+        reduce=spec.use_stats and not per_channel, extra=extra, backward=True, plans=plans, scratch=trial,
+    )  # fmt: skip
+    regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
+    # Sums of a row: those for dx and the affine, and one for the slope.
+    return regime(t, affine, Gradients(*wanted), 2 if o.slope is None else 3)
+
+
+def _on_scratch(
+    spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[bool], problem
+) -> Callable[[Plan], Callable[[], object]]:
+    o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
+
+    def with_plan(plan: Plan) -> Callable[[], object]:
+        return partial(Backward(spec, o, saved, wanted, tiling.on_trial(problem, plan)), o, saved)
+
+    return with_plan
+
+
+def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+    """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
+    launch = t.launch(
+        kernels.persistent_backward, (t.programs,),
+        *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
+        t.pad, t.acc, t.layout, t.plan.fold > 1,
+    )  # fmt: skip
+    direct = _one_row_each(t, affine, asked)
+    finish = sums.parameter_gradients(t, affine, 1) if any(asked.of_rows(affine)) and not direct else None
+    shares = sums.Shares.of(t, t.programs) if affine.form == "column" else None
+    size, dtype = planes * t.geometry.rows, t.dtype
+
+    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
+        targets, parts = g.by_kernel(affine, direct), None
+        if shares is not None:
+            targets, parts = shares.empty(g)
+        totals = None if finish is None else o.x.new_empty(size, dtype=dtype)
+        launch(
+            o.x, saved.dy, saved.dplain, g.x, g.residual, *targets, o.residual, saved.bits, saved.statistics, totals,
+            o.weight, o.bias, o.slope,
+        )  # fmt: skip
+        if parts is not None:
+            shares.sum(parts, g)
+        if finish is not None:
+            finish(totals, g)
+
+    return steps
+
+
+def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+    """Statistics that are given (eval): dx depends on no sum, so one pass writes all but what is summed over rows."""
+    splits, dtype = t.plan.splits, t.dtype
+    launch = _gradient(t, affine, splits)
+    direct = splits == 1 and _one_row_each(t, affine, asked)
+    finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) and not direct else None
+    size = planes * splits * t.geometry.rows
+
+    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
+        partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
+        launch(
+            o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
+            o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
+        )  # fmt: skip
+        if finish is not None:
+            finish(partials, g)
+
+    return steps
+
+
+def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+    """Programs that share a row: a pass for its sums, one for what depends on them, and launches for other sums."""
+    splits, dtype = t.plan.splits, t.dtype
+    combine, settles = _combination(t, affine, asked, planes)
+    by_element = affine.form == "element" and (asked.weight or asked.bias)
+    first = _gradient(t, affine, splits)
+    last = _gradient(t, affine, splits if combine is None else 1) if asked.x or asked.residual or by_element else None
+    # Programs of the last pass that combine the sums themselves also write what a row alone sums into.
+    direct = last is not None and combine is None and _one_row_each(t, affine, asked)
+    by_row = any(asked.of_rows(affine)) and not direct and not settles
+    finish = sums.parameter_gradients(t, affine, splits) if by_row else None
+    columns = _long_columns(t) if affine.form == "column" and (asked.weight or asked.bias) else None
+    size = planes * splits * t.geometry.rows
+
+    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
+        partials = o.x.new_empty(size, dtype=dtype)
+        beside = (o.residual, saved.bits, saved.statistics, None, None)
+        affine_of = (o.weight, o.bias, o.slope)
+        first(o.x, saved.dy, saved.dplain, *(None,) * 5, *beside, None, partials, *affine_of)
+        earlier = partials if combine is None else combine(partials, o, g)
+        if last is not None:
+            last(
+                o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
+                *affine_of,
+            )  # fmt: skip
+        if finish is not None:
+            finish(partials, g)
+        if columns is not None:
+            columns(o, saved, g)
+
+    return steps
+
+
+def _gradient(t: Tiling, affine: Affine, parts: int) -> Launch:
+    """A pass over the split rows, with so many parts of every sum of an earlier one."""
+    return t.launch(
+        kernels.gradient, (t.row_blocks, t.plan.splits),
+        *t.sizes, affine.per_sample, t.tiles, t.plan.steps, parts, *t.strides, t.spec.eps, *_activation(t.spec),
+        t.block, power_of_2(parts), t.norm, t.pad, t.acc, t.layout,
+    )  # fmt: skip
+
+
+def _one_row_each(t: Tiling, affine: Affine, asked: Gradients) -> bool:
+    """Whether into each parameter's gradient exactly one row sums, so that the kernel that has the row writes it."""
+    return t.geometry.rows == t.geometry.channels or (affine.per_sample is not None and not asked.slope)
+
+
+Combine = Callable[[Tensor, Operands, Gradients], Tensor]
+
+
+def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tuple[Combine | None, bool]:
+    """What makes of the first pass's partial sums those that the last one takes; None where its programs do that.
+
+    And whether it writes the parameters' gradients by the way.
+    """
+    rows, channels, splits, dtype = t.geometry.rows, t.geometry.channels, t.plan.splits, t.dtype
+    per_channel = t.per_channel and affine.per_sample is None
+    if (t.per_channel and not per_channel) or t.geometry.group > 1:
+        shared = sums.shared_sums(t, affine)
+        return lambda partials, o, g: shared(partials, o.weight), False
+    if not per_channel and (t.plan.inline or not asked.x):
+        return None, False
+    # Where one number is summed for each channel, that is the parameters' gradient already.
+    width = channels if per_channel else rows
+    settles = per_channel or (rows == channels and affine.form == "row")
+    launch = sums.column_sums(t, splits * rows // width, width, planes)
+
+    def combine(partials: Tensor, o: Operands, g: Gradients) -> Tensor:
+        totals = partials.new_empty(planes * width, dtype=dtype)
+        launch(partials, totals, *(g.of_rows(affine) if settles else (None, None, None)))
+        return totals
+
+    return combine, settles
+
+
+def _long_columns(t: Tiling) -> Callable[[Operands, Saved, Gradients], None]:
+    """Gradients per column of rows that are too long for one program: a pass of its own, along the columns."""
+    # As many programs as the passes before had, each with as many rows as it takes.
+    steps = cdiv(t.row_blocks, max(t.row_blocks * t.plan.splits // t.tiles, 1))
+    shares = sums.Shares.of(t, cdiv(t.row_blocks, steps))
+    G, K, S, rows, _ = t.sizes
+    launch = t.launch(
+        sum_kernels.column_gradients, (t.tiles, shares.count),
+        G, K, S, rows, t.row_blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc, t.layout,
+    )  # fmt: skip
+
+    def run(o: Operands, saved: Saved, g: Gradients) -> None:
+        (dweight, dbias, _), parts = shares.empty(g)
+        launch(o.x, saved.dy, dweight, dbias, o.residual, saved.bits, saved.statistics, o.weight, o.bias)
+        if parts is not None:
+            shares.sum(parts, g)
+
+    return run
+
+
+def _activation(spec: Spec) -> tuple:
+    """DERIVATIVE, P0, P1, ON, OFF"""
+    return ACTIVATIONS[spec.activation].derivative, *tiling.numbers(spec)

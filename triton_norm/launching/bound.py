@@ -1,0 +1,50 @@
+"""Bound calls: both directions, made once for a spec and the operands' layouts, and found again by these."""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from ..spec import Operands, Spec
+from ..tuning import autotune
+from .backward import Backward, Saved
+from .forward import Forward, Results
+from .keys import Table, layouts
+from .sums import Gradients
+from .tiling import Planner, Tuned
+
+T = TypeVar("T")
+
+
+_forwards: dict[tuple, Forward] = Table()
+_backwards: dict[tuple, Backward] = Table()
+
+
+def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
+    """Normalizes ``o.x``, not empty, as ``spec`` says; the operands are checked. See ``forward.Results``.
+
+    weight and bias of batch, instance and group norms are both (C,), (N, C) or like x, slope is (1,), (C,) or None; of
+    the others they have one element per column. Where statistics are taken the running ones are updated, and ``count``
+    too: before a cumulative average is computed, else by the kernel that updates them.
+    """
+    key = (spec, keep_bits, *layouts(o))
+    call = _forwards.get(key)
+    if call is None:
+        call = bound(lambda plans: Forward(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
+    return call(o)
+
+
+def backward(spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool]) -> Gradients:
+    """The wanted gradients of x, weight, bias, residual and slope. See ``backward.Backward``."""
+    key = (spec, wanted, *layouts((*o, *saved)))
+    call = _backwards.get(key)
+    if call is None:
+        call = bound(lambda plans: Backward(spec, o, saved, wanted, plans), lambda call: _backwards.keep(key, call))
+    return call(o, saved)
+
+
+def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:
+    """A call with tuned plans; not kept where they are yet to be measured, nor where they changed meanwhile."""
+    plans, changes = Tuned(), autotune.changes
+    call = make(plans)
+    if plans.settled and changes == autotune.changes:
+        keep(call)
+    return call

@@ -1,0 +1,33 @@
+"""What plans must know of the machine that a kernel runs on."""
+
+import os
+from functools import lru_cache
+
+import torch
+import triton
+
+from ..tuning.plan import Device
+
+
+@lru_cache
+def device(index: int | None) -> Device:
+    """The GPU of that number, or what stands for it on the CPU."""
+    if index is None:
+        # The interpreter runs programs one after another, so the fewer the better.
+        return Device(multiprocessors=1, threads=1) if os.environ.get("TRITON_INTERPRET") == "1" else Device()
+    properties = torch.cuda.get_device_properties(index)
+    return Device(
+        properties.multi_processor_count,
+        getattr(properties, "warp_size", 32),
+        properties.L2_cache_size or Device.l2_bytes,
+    )
+
+
+@lru_cache
+def target(index: int | None) -> str | None:
+    """What a measurement holds for, or None where no kernel is compiled: on the CPU and in the interpreter."""
+    if index is None or os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    properties = torch.cuda.get_device_properties(index)
+    architecture = properties.gcnArchName if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+    return f"{properties.name} {architecture}, triton {triton.__version__}"

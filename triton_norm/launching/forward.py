@@ -1,0 +1,226 @@
+"""The forward direction: from a spec and the operands' layouts to what is allocated and launched at every call."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..kernels import forward as kernels
+from ..kernels import statistics as statistics_kernels
+from ..spec import Operands, Spec
+from ..tuning.measure import Layout, scratch
+from ..tuning.plan import Plan, cdiv, power_of_2
+from . import operands, tiling
+from .operands import Affine
+from .tiling import Planner, Tiling
+
+
+class Results(NamedTuple):
+    """What the forward pass writes, None where it does not."""
+
+    #: The result, padded where the spec says so.
+    y: Tensor
+    #: rstd and mean of every row or group, (2, that many), or of RMS norms rstd alone; None where they are given.
+    statistics: Tensor | None
+    #: Of an activation whose derivative has two levels, one bit per element that tells which.
+    bits: Tensor | None
+    #: The result without its padding.
+    plain: Tensor | None
+
+
+Steps = Callable[[Operands, Results], None]
+Statistics = Callable[[Operands, Results], Tensor | None]
+#: In place of running mean, running variance and count.
+_NONE = (None, None, None)
+
+
+class Forward:
+    """A forward pass of operands that lie like those that it was made from; called with such operands."""
+
+    def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
+        self.spec = spec
+        first, plain = allocate(spec, o, keep_bits)
+        s = first.statistics
+        self._statistics = None if s is None else (s.numel(), None if s.dtype == o.x.dtype else s.dtype)
+        self._bits = None if first.bits is None else first.bits.numel()
+        self._keep_plain = first.plain is not None
+        # Where a result lies like x, that is the cheapest to say.
+        same = first.y.shape == o.x.shape and first.y.stride() == torch.empty_like(o.x).stride()
+        self._y = None if same else (first.y.shape, first.y.stride())
+        self._plain_strides = plain.stride()
+        tidy = operands.tidied(spec, o, plain)
+        self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
+        # Instances share their channel's running statistics, so those are averaged from the rows' afterwards.
+        self._averages = spec.kind == "instance" and spec.use_stats and o.running_mean is not None
+        # A cumulative average reads how many batches there are, this one among them; and nothing that lies elsewhere,
+        # or that goes without running statistics, is counted by the kernel that updates these.
+        cumulative, at = spec.momentum is None, o.count
+        self._counts = spec.use_stats and at is not None and (
+            cumulative or o.running_mean is None or at.dtype != torch.int64 or at.device != o.x.device
+        )  # fmt: skip
+        if self._counts and not cumulative:
+            tidy = tidy._replace(count=None)
+        self._plainly = not (self._tidy or self._counts or self._averages)
+        self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
+
+    def allocate(self, x: Tensor) -> Results:
+        statistics = bits = plain = None
+        if self._statistics is not None:
+            count, dtype = self._statistics
+            statistics = x.new_empty(count) if dtype is None else x.new_empty(count, dtype=dtype)
+        if self._bits is not None:
+            bits = x.new_empty(self._bits, dtype=torch.uint8)
+        if self._keep_plain:
+            plain = self._like_plain(x)
+        return Results(
+            torch.empty_like(x) if self._y is None else x.new_empty_strided(*self._y), statistics, bits, plain
+        )
+
+    def _like_plain(self, x: Tensor) -> Tensor:
+        return x.new_empty_strided(x.shape, self._plain_strides)
+
+    def __call__(self, o: Operands) -> Results:
+        r = self.allocate(o.x)
+        if self._plainly:
+            self._steps(o, r)
+        else:
+            self._beyond(o, r)
+        return r
+
+    def _beyond(self, o: Operands, r: Results) -> None:
+        """A call with more to do than to launch."""
+        if self._tidy:
+            o = operands.tidied(self.spec, o, self._like_plain(o.x))
+        if self._counts:
+            o.count.add_(1)
+            if self.spec.momentum is not None:
+                o = o._replace(count=None)
+        self._steps(o, r)
+        if self._averages:
+            means = r.statistics.view(3, o.x.shape[0], o.x.shape[1]).mean(1)
+            for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
+                running.lerp_(mean.to(running.dtype), self.spec.momentum)
+
+
+def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]:
+    """The results, and a tensor like the unpadded one; also of fake and meta operands."""
+    x = operands.dense(o.x) if spec.padding != 0 else o.x
+    plain = operands.empty_like(spec, x)
+    y = plain if spec.padding == 0 else operands.empty_padded(spec, x)
+    statistics = bits = None
+    if spec.use_stats:
+        kept = 3 if spec.kind == "instance" and o.running_mean is not None else 1 if spec.kind == "rms" else 2
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        statistics = x.new_empty(kept * operands.statistics_count(spec, x), dtype=dtype)
+    count = operands.bits_count(spec, x, plain) if keep_bits else 0
+    if count:
+        bits = x.new_empty(count, dtype=torch.uint8)
+    return Results(y, statistics, bits, plain if spec.padding != 0 and spec.return_unpadded else None), plain
+
+
+def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, plans: Planner) -> Steps:
+    """The launches of a call with these tidy operands, and results like these."""
+    affine = Affine.of(spec, o)
+    walked, per_channel = operands.walk(spec, affine)
+    trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], keep_bits)
+    cut = partial(tiling.cut, spec, affine=affine.form, per_channel=per_channel, plans=plans, scratch=trial)
+    tracks = spec.use_stats and o.running_mean is not None
+    updates, averages = tracks and spec.kind == "batch", tracks and spec.kind == "instance"
+    statistics = None
+    if per_channel:
+        rows = cut("batch", o.x, plain, affine="row", per_channel=False, reduce=False)
+        statistics, updates = _statistics(rows, averages, updates, True), False
+    own = spec.use_stats and not per_channel
+    t = cut(walked, o.x, y, reduce=own, extra="none" if o.residual is None else "residual")
+    if t.plan.regime == "persistent":
+        return _persistent(t, affine, averages, updates)
+    if own:
+        finalize = t.geometry.group > 1 or not t.plan.inline
+        statistics = _statistics(t, averages, updates, finalize)
+        updates = updates and not finalize
+    return _split(t, affine, statistics, averages, updates)
+
+
+def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool) -> Steps:
+    """Whole rows in one program: one launch."""
+    launch = t.launch(
+        kernels.persistent_forward, (t.programs,),
+        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides,
+        t.spec.eps, stores_variance, *_activation(t.spec), t.block, t.norm, t.pad, t.acc, t.layout,
+    )  # fmt: skip
+
+    def steps(o: Operands, r: Results) -> None:
+        mean, variance, count = o[5:] if updates else _NONE
+        launch(o.x, r.y, o.residual, r.bits, r.plain, r.statistics, o.weight, o.bias, o.slope, mean, variance, count)
+
+    return steps
+
+
+def _split(
+    t: Tiling, affine: Affine, statistics: Statistics | None, stores_variance: bool, updates: bool
+) -> Steps:  # fmt: skip
+    """Programs that share a row, behind the pass that takes its statistics, if it has its own."""
+    launch = t.launch(
+        kernels.normalize, (t.row_blocks, t.plan.splits),
+        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.tiles, t.plan.steps, t.plan.splits,
+        *t.strides, t.spec.eps, stores_variance, *_activation(t.spec), t.block, power_of_2(t.plan.splits), t.norm,
+        t.pad, t.acc, t.layout,
+    )  # fmt: skip
+    given = not t.spec.use_stats
+
+    def steps(o: Operands, r: Results) -> None:
+        partials = None if statistics is None else statistics(o, r)
+        center, variance, _ = o[5:] if given else _NONE
+        running = o[5:] if updates else _NONE
+        launch(
+            o.x, r.y, o.residual, r.bits, r.plain, partials, r.statistics, center, variance, o.weight, o.bias, o.slope,
+            *running,
+        )  # fmt: skip
+
+    return steps
+
+
+def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool) -> Statistics:
+    """The split regime's first pass. It gives partial statistics for the last pass to combine, or None if finalized."""
+    plan, (G, K, S, rows, _) = t.plan, t.sizes
+    first = t.launch(
+        statistics_kernels.partial_statistics, (t.row_blocks, plan.splits),
+        G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], t.block, t.norm, t.acc, t.layout,
+    )  # fmt: skip
+    size, dtype, group = (3 * plan.splits + 1) * rows, t.dtype, t.geometry.group
+    block = min(power_of_2(plan.splits * group), 512)
+    sets = min(8 if group == 1 else 4, 1024 // block)
+    second = t.launch(
+        statistics_kernels.finalize_statistics, (cdiv(rows // group, sets),),
+        *tiling.momentum(t.spec, t.dtype), K, S, rows, plan.splits, t.spec.eps, stores_variance, sets, block, t.norm,
+        t.acc, warps=4,
+    )  # fmt: skip
+
+    def step(o: Operands, r: Results) -> Tensor | None:
+        partials = o.x.new_empty(size, dtype=dtype)
+        first(o.x, partials)
+        if not finalize:
+            return partials
+        second(partials, r.statistics, *(o[5:] if updates else _NONE))
+        return None
+
+    return step
+
+
+def _activation(spec: Spec) -> tuple:
+    """VALUE, DERIVATIVE, P0, P1, OFF"""
+    row = ACTIVATIONS[spec.activation]
+    p0, p1, _, off = tiling.numbers(spec)
+    return row.value, row.derivative, p0, p1, off
+
+
+def _on_scratch(spec: Spec, layouts: list, keep_bits: bool, problem) -> Callable[[Plan], Callable[[], object]]:
+    o = Operands(*scratch(layouts, problem.device))
+
+    def with_plan(plan: Plan) -> Callable[[], object]:
+        return partial(Forward(spec, o, keep_bits, tiling.on_trial(problem, plan)), o)
+
+    return with_plan

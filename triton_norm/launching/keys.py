@@ -1,0 +1,45 @@
+"""By what bound calls are found again, and how long they are kept."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..tuning import autotune
+
+HIP = torch.version.hip is not None
+_ORDINARY = {Tensor, torch.nn.Parameter}
+is_compiling = torch.compiler.is_compiling
+functorch_is_active = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+
+
+def is_ordinary(x: Tensor) -> bool:
+    """Whether nobody traces or transforms x or looks at dispatched operators, so that kernels may just be launched."""
+    return not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not _dispatch_modes()
+
+
+class Table(dict):
+    """Calls by key. All are forgotten where plans may have changed, or where ever new shapes would only make it grow."""
+
+    MOST = 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        autotune.on_change(self.clear)
+
+    def keep(self, key: tuple, call: object) -> None:
+        if len(self) >= self.MOST:
+            self.clear()
+        self[key] = call
+
+
+def layouts(tensors: Iterable[Tensor | None]) -> list:
+    """What a bound call depends on of its operands: layouts, and where Triton is told that 16 divides a pointer."""
+    found = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
+    return [*found, HIP and storages(tensors)]
+
+
+def storages(tensors: Iterable[Tensor | None]) -> tuple:
+    """For AMD GPUs Triton also compiles for storages that 32 bits address."""
+    return tuple(t is None or t.untyped_storage().nbytes() < 2**31 for t in tensors)

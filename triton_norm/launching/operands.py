@@ -1,0 +1,136 @@
+"""How the operands of a call lie in memory: what results look like, and what the kernels cannot read as it lies."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..geometry import view
+from ..spec import BY_CHANNEL, PER_COLUMN, ROWS, Operands, Spec
+
+
+class Affine(NamedTuple):
+    """How the kernels find a row's weight and bias."""
+
+    #: "row" (constant on it), "column" or "element"
+    form: str
+    #: The stride from sample to sample of (N, C) parameters.
+    per_sample: int | None = None
+
+    @staticmethod
+    def of(spec: Spec, o: Operands) -> "Affine":
+        p = o.bias if o.weight is None else o.weight
+        if p is None:
+            return Affine("row")
+        if spec.kind in PER_COLUMN:
+            return Affine("column")
+        if per_element(spec, o.x, p):
+            return Affine("element")
+        return Affine("row", p.stride(0) if p.dim() > 1 else None)
+
+
+def per_element(spec: Spec, x: Tensor, p: Tensor | None) -> bool:
+    """Whether p, a weight or bias of this norm of x, has a number for each element."""
+    return p is not None and p.dim() == x.dim() and spec.kind in BY_CHANNEL
+
+
+def walk(spec: Spec, affine: Affine) -> tuple[str, bool]:
+    """The geometry that a norm's elements are walked in, and whether its rows share their channel's statistics.
+
+    A row of a batch norm spans samples. That is more than a padded tile has room for, and a weight per sample is not
+    constant on it: planes then, with statistics that come from a pass of their own.
+    """
+    padded, batch = spec.padding != 0, spec.kind == "batch"
+    by_plane = padded or affine.per_sample is not None
+    walked = "planes" if padded else "instance" if batch and by_plane else spec.kind
+    return walked, batch and by_plane and spec.use_stats
+
+
+def empty_like(spec: Spec, x: Tensor) -> Tensor:
+    """An empty tensor of x's shape in the layout of the result."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format if spec.kind in ROWS else torch.preserve_format)
+
+
+def empty_padded(spec: Spec, x: Tensor) -> Tensor:
+    """An empty tensor of x's padded shape, in x's memory format."""
+    padding = spec.sides(x.dim())
+    # torch lists the sides of the last dimension first.
+    both = [low + high for low, high in zip(padding[::2], padding[1::2], strict=True)][::-1]
+    spatial = [size + more for size, more in zip(x.shape[2:], both, strict=True)]
+    memory_format = (None if x.is_contiguous() else _channels_last(x)) or torch.contiguous_format
+    return torch.empty((*x.shape[:2], *spatial), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def _channels_last(x: Tensor) -> torch.memory_format | None:
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return memory_format if memory_format and x.is_contiguous(memory_format=memory_format) else None
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself where it is contiguous or channels_last, as a padded launch needs it."""
+    return x if x.is_contiguous() or _channels_last(x) else x.contiguous()
+
+
+def like(tensor: Tensor | None, y: Tensor) -> Tensor | None:
+    """The tensor in y's layout: all dense tensors of a call share one set of strides."""
+    if tensor is None or tensor.stride() == y.stride():
+        return tensor
+    return torch.empty_like(y, dtype=tensor.dtype).copy_(tensor)
+
+
+def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
+    """The operands as the kernels read them, themselves wherever that is so; ``plain`` is like the unpadded result."""
+    x, weight, bias = o.x, o.weight, o.bias
+    form, per_sample = affine = Affine.of(spec, o)
+    if form == "element":
+        weight, bias = like(weight, plain), like(bias, plain)
+    elif per_sample is None or any(
+        p is not None and (p.stride(1) != 1 or p.stride(0) != per_sample) for p in (weight, bias)
+    ):
+        weight, bias = (p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, bias))
+    if spec.padding == 0:
+        walked, _ = walk(spec, affine)
+        if view(walked, x.shape, x.stride(), plain.stride(), spec.width(x.shape)) is None:
+            x = torch.empty_like(plain).copy_(x)
+    else:
+        x = dense(x)
+    slope = o.slope
+    if slope is not None and slope.numel() != x.shape[1]:
+        # One slope that serves all channels.
+        slope = slope.expand(x.shape[1]).contiguous()
+    return o._replace(x=x, weight=weight, bias=bias, residual=like(o.residual, plain), slope=slope)
+
+
+def statistics_count(spec: Spec, x: Tensor) -> int:
+    """How many means a norm takes of x."""
+    kind, shape = spec.kind, x.shape
+    if kind == "batch":
+        return shape[1]
+    if kind in ("instance", "group"):
+        return shape[0] * shape[1] // (spec.width(shape) or 1)
+    return x.numel() // (shape[1] if kind == "channels" else spec.width(shape))
+
+
+def bits_count(spec: Spec, x: Tensor, plain: Tensor) -> int:
+    """Bytes of one bit per element, or 0 where a row does not split into whole bytes in memory order."""
+    if spec.kind in PER_COLUMN:
+        line = x.shape[1] if spec.kind == "channels" else spec.width(x.shape)
+    elif spec.padding != 0:
+        # Columns are (D * H, W), and a byte lies within one line of W.
+        return x.numel() // 8 if x.shape[-1] % 8 == 0 else 0
+    else:
+        line = math.prod(x.shape[2:])
+    return x.numel() // 8 if line % 8 == 0 and x.stride() == plain.stride() else 0
+
+
+def unpack_bits(spec: Spec, bits: Tensor, o: Operands) -> Tensor:
+    """The bits that the forward pass kept, as a boolean tensor of x's shape."""
+    x = dense(o.x) if spec.padding != 0 else o.x
+    y = empty_like(spec, x).bool()
+    walked, _ = walk(spec, Affine.of(spec, o))
+    geometry = view(walked, tuple(x.shape), y.stride(), y.stride(), spec.width(x.shape))
+    sizes = (geometry.A, geometry.G, geometry.K, geometry.S)
+    on = bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
+    y.as_strided(sizes, geometry.y).copy_(on.view(sizes))
+    return y

@@ -1,0 +1,115 @@
+"""What the backward direction sums in launches of its own: over rows, over groups, over the shares of programs.
+
+Functions here bind such launches to a tiling; what they give is called with tensors.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels import sums as kernels
+from ..tuning.plan import cdiv, power_of_2
+from .launch import Launch
+from .operands import Affine
+from .tiling import Tiling
+
+
+class Gradients(NamedTuple):
+    """One for each differentiable operand, None where it is not wanted; or whether it is wanted."""
+
+    x: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    residual: Tensor | None
+    slope: Tensor | None
+
+    def of_rows(self, affine: Affine) -> tuple:
+        """Those of weight, bias and slope that are sums of rows."""
+        return (self.weight, self.bias, self.slope) if affine.form == "row" else (None, None, self.slope)
+
+    def by_kernel(self, affine: Affine, direct: bool) -> tuple:
+        """Those of weight, bias and slope that the pass over x writes: ``direct`` is whether it does so with rows'."""
+        if affine.form == "element":
+            return self.weight, self.bias, self.slope if direct else None
+        return (self.weight, self.bias, self.slope) if direct else (None, None, None)
+
+
+def column_sums(t: Tiling, length: int, width: int, planes: int = 0) -> Launch:
+    """Sums (planes, length, width) over length; called with source, totals (planes, width) and three outputs."""
+    block_m = min(power_of_2(width), 16)
+    block_l = min(power_of_2(length), 2048 // block_m)
+    return t.launch(
+        kernels.column_sums, (cdiv(width, block_m),), length, width, planes, block_l, block_m, t.acc, warps=4
+    )  # fmt: skip
+
+
+def shared_sums(t: Tiling, affine: Affine) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """(2, sets) sums of rows that share their statistics, each weighted where the passes before did not do that.
+
+    Called with their (2, splits, rows) partial sums and the weight.
+    """
+    rows, channels, group = t.geometry.rows, t.geometry.channels, t.geometry.group
+    # The planes of a channel, or the channels of a group.
+    sets, members, set_step, member_step = (
+        (channels, rows // channels, 1, channels) if t.per_channel else (rows // group, group, group, 1)
+    )  # fmt: skip
+    block = min(power_of_2(t.plan.splits * members), 512)
+    per_program = min(power_of_2(sets), 8)
+    launch = t.launch(
+        kernels.shared_sums, (cdiv(sets, per_program),),
+        rows, channels, affine.per_sample, t.plan.splits, sets, members, set_step, member_step, per_program, block,
+        t.norm, t.acc, warps=4,
+    )  # fmt: skip
+    weighted = affine.form == "row"
+
+    def run(partials: Tensor, weight: Tensor | None) -> Tensor:
+        totals = torch.empty(2 * sets, dtype=t.dtype, device=partials.device)
+        launch(partials, totals, weight if weighted else None)
+        return totals
+
+    return run
+
+
+def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Tensor, Gradients], None]:
+    """From (planes, splits, rows) sums of rows, gradients of (C,) or, of weight and bias, of (N, C) parameters."""
+    rows, channels = t.geometry.rows, t.geometry.channels
+    by_channel = column_sums(t, splits * rows // channels, channels)
+    if affine.per_sample is None:
+        return lambda sums, g: by_channel(sums, None, *g.of_rows(affine))
+    by_row = column_sums(t, splits, rows)
+
+    def run(sums: Tensor, g: Gradients) -> None:
+        if g.weight is not None or g.bias is not None:
+            by_row(sums, None, g.weight, g.bias, None)
+        if g.slope is not None:
+            by_channel(sums[2 * splits * rows :], None, g.slope, None, None)
+
+    return run
+
+
+class Shares(NamedTuple):
+    """Where ``count`` programs write their parts of two gradients per column, and what sums these up."""
+
+    count: int
+    columns: int
+    dtype: torch.dtype
+    launch: Launch
+
+    @staticmethod
+    def of(t: Tiling, count: int) -> "Shares":
+        columns = t.geometry.columns
+        return Shares(count, columns, t.dtype, column_sums(t, count, columns))
+
+    def empty(self, g: Gradients) -> tuple[tuple, Tensor | None]:
+        """Targets for weight, bias and (none) slope, and, if they are parts yet to be summed, the memory of these."""
+        if self.count == 1 or (g.weight is None and g.bias is None):
+            return (g.weight, g.bias, None), None
+        n, like = self.count * self.columns, g.bias if g.weight is None else g.weight
+        parts = torch.empty(2 * n, dtype=self.dtype, device=like.device)
+        return (None if g.weight is None else parts[:n], None if g.bias is None else parts[n:], None), parts
+
+    def sum(self, parts: Tensor | None, g: Gradients) -> None:
+        if parts is not None:
+            self.launch(parts, None, g.weight, g.bias, None)

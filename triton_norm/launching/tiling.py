@@ -1,0 +1,174 @@
+"""A geometry cut up by a plan, in the numbers that kernels take, and where the plan comes from."""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..activations import ACTIVATIONS
+from ..geometry import Geometry, view
+from ..kernels import tl
+from ..kernels.padding import MODES
+from ..kernels.structs import Block, Layout, Norm, Pad
+from ..kernels.tiles import AFFINES
+from ..spec import Spec
+from ..tuning import autotune
+from ..tuning.autotune import Problem, Walked
+from ..tuning.candidates import Work
+from ..tuning.plan import Plan, cdiv
+from . import devices
+from .launch import Launch
+
+#: From a problem to the plan that a call is to be bound with.
+Planner = Callable[[Problem], Plan]
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """One direction of one call: its geometry, folded if the plan says so, and the plan."""
+
+    spec: Spec
+    geometry: Geometry
+    plan: Plan
+    work: Work
+    #: Dims of x.
+    dims: int
+    #: Whether rows share their channel's statistics.
+    per_channel: bool
+    #: The GPU's number, None for the CPU.
+    device: int | None
+
+    @cached_property
+    def row_blocks(self) -> int:
+        return self.plan.row_blocks(self.geometry)
+
+    @property
+    def programs(self) -> int:
+        """Of the persistent regime."""
+        return cdiv(self.row_blocks, self.plan.steps)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """G, K, S, rows, channels"""
+        g = self.geometry
+        return g.G, g.K, g.S, g.rows, g.channels
+
+    @property
+    def tiles(self) -> int:
+        """Of a row."""
+        return cdiv(self.geometry.K, self.plan.block_k) * cdiv(self.geometry.S, self.plan.block_s)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of x and of y, H, and y's stride in d"""
+        return *self.geometry.x, *self.geometry.y, self.geometry.H, self.geometry.y_d
+
+    @property
+    def block(self) -> Block:
+        return Block(self.plan.rows, self.plan.block_k, self.plan.block_s)
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.geometry.wide, *self.geometry.alignment, self.plan.fits(self.geometry))
+
+    @property
+    def norm(self) -> Norm:
+        spec, g = self.spec, self.geometry
+        return Norm(
+            AFFINES[self.work.affine], spec.unit_offset, g.group, self.plan.span(g), spec.kind != "rms",
+            spec.correction, self.per_channel,
+        )  # fmt: skip
+
+    @property
+    def pad(self) -> Pad | None:
+        sides = self.spec.sides(self.dims)
+        if not sides:
+            return None
+        w, h, d = ((*sides, 0, 0, 0, 0)[i : i + 2] for i in (0, 2, 4))
+        return Pad(MODES[self.spec.padding_mode], *d, *h, *w)
+
+    @property
+    def acc(self) -> tl.dtype:
+        return tl.float64 if self.work.itemsize == 8 else tl.float32
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The accumulation dtype, for torch."""
+        return torch.float64 if self.work.itemsize == 8 else torch.float32
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], *constants: Any, warps: int | None = None) -> Launch:
+        return Launch(kernel, grid, constants, warps or self.plan.warps, self.device)
+
+
+def cut(
+    spec: Spec, walked: str, x: Tensor, y: Tensor, *, affine: str, per_channel: bool, reduce: bool, extra: str = "none",
+    backward: bool = False, plans: Planner, scratch: Callable[[Problem], Callable[[Plan], Callable]],
+) -> Tiling:  # fmt: skip
+    """The tiling of x, walked in that geometry, with dense tensors like y.
+
+    ``reduce`` is whether the kernels take statistics of a row, ``extra`` what they read per element beside x and dy, as
+    ``plan.choose`` knows it. ``scratch`` makes, from the problem and a plan, a call to be measured.
+    """
+    width = spec.width(x.shape)
+    geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width)
+    index = x.get_device() if x.is_cuda else None
+    work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
+    name = str(x.dtype).removeprefix("torch.")
+    problem = Problem(
+        work, autotune.key(walked, name, work), devices.target(index), index,
+        Walked(walked, tuple(x.shape), x.stride(), name, width), scratch,
+    )  # fmt: skip
+    plan = plans(problem)
+    folded = geometry.folded(plan.fold) if plan.fold > 1 else geometry
+    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index)
+
+
+class Tuned:
+    """A planner: the best plan that is known, measured now where that is due.
+
+    ``settled`` turns False where a plan may be measured later: what was bound with it is not to be kept.
+    """
+
+    def __init__(self) -> None:
+        self.settled = True
+
+    def __call__(self, problem: Problem) -> Plan:
+        plan, due = autotune.find(problem)
+        if not due:
+            return plan
+        # Measuring synchronizes, which would void the capture of a graph.
+        if problem.device is not None and _capturing(problem.device):
+            self.settled = False
+            return plan
+        autotune.tune(problem)
+        return autotune.find(problem)[0]
+
+
+def _capturing(device: int) -> bool:
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def on_trial(problem: Problem, plan: Plan) -> Planner:
+    """A planner that has this plan for this problem, and the heuristic one for any other."""
+    return lambda other: plan if other == problem else other.work.heuristic()
+
+
+def numbers(spec: Spec) -> tuple:
+    """P0, P1, and the derivative's two levels, ON and OFF, where it has only two."""
+    levels = ACTIVATIONS[spec.activation].levels
+    return *(*spec.parameters, None, None)[:2], *(levels(*spec.parameters) if levels else (None, None))
+
+
+def momentum(spec: Spec, dtype: torch.dtype) -> tuple[float | None, float | None]:
+    """Momentum as two float32 numbers whose sum is the double: Triton passes Python floats as float32."""
+    if spec.momentum is None:
+        return None, None
+    if dtype != torch.float64:
+        return spec.momentum, 0.0
+    (high,) = struct.unpack("f", struct.pack("f", spec.momentum))
+    return high, spec.momentum - high

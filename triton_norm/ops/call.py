@@ -1,0 +1,150 @@
+"""One call: found by its spec and the layouts of its operands, or settled and remembered.
+
+All that a call costs the host beside allocating and launching is in ``normalize``. What it finds was settled by
+``_settle``: checks, the backend, and what comes before and behind the kernels where these do not do all.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from ..launching.keys import HIP, Table, is_ordinary, storages
+from ..spec import BY_CHANNEL, PER_COLUMN, ROWS, Operands, Spec
+from . import backend, reference
+from .checks import DTYPES, HALF, check, is_wide, matched
+
+Result = Tensor | tuple[Tensor, Tensor]
+Call = Callable[..., Result]
+
+#: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
+_RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
+
+#: Kinds that autocast may have a list for; it is asked about these alone.
+_LISTED = ("group", *PER_COLUMN)
+
+_calls: dict[tuple, Call] = Table()
+
+
+def normalize(
+    spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, count: Tensor | None,
+) -> Result:  # fmt: skip
+    """``pad(activation(norm(x) * weight + bias + residual))`` as ``spec`` says; a pair with ``return_unpadded``.
+
+    The operands are those of ``spec.Operands``. Where statistics are taken, ``count`` counts this batch. Raises torch's
+    own errors, and ``ValueError`` for an unsuitable residual, affine or padding mode; running statistics and ``count``
+    are unchanged then.
+    """
+    operands = (x, weight, bias, residual, slope, running_mean, running_var, count)
+    if not is_ordinary(x):
+        return _settle(spec, Operands(*operands), is_traced=True)(*operands)
+    # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
+    try:
+        key = (
+            spec, backend.setting(), spec.kind in _LISTED and reference.autocasts(x.device.type),
+            x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
+            None if weight is None
+            else (weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() % 16),
+            None if bias is None
+            else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() % 16),
+            None if residual is None
+            else (residual.shape, residual.stride(), residual.dtype, residual.device, residual.data_ptr() % 16),
+            None if slope is None
+            else (slope.shape, slope.stride(), slope.dtype, slope.device, slope.data_ptr() % 16),
+            None if running_mean is None
+            else (running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
+                  running_mean.data_ptr() % 16),
+            None if running_var is None
+            else (running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
+                  running_var.data_ptr() % 16),
+            None if count is None else (count.dtype, count.device, count.data_ptr() % 16),
+            HIP and storages(operands),
+        )  # fmt: skip
+        call = _calls.get(key)
+    except (AttributeError, TypeError, RuntimeError):
+        # No tensor, or nothing that has a hash, such as a list: torch says what it thinks of it.
+        return _settle(spec, Operands(*operands))(*operands)
+    if call is None:
+        o = Operands(*operands)
+        call = _settle(spec, o, is_traced=not all(t is None or is_ordinary(t) for t in o))
+        _calls.keep(key, call)
+    return call(*operands)
+
+
+def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
+    """What runs a call of operands that lie like these, or the error that they raise.
+
+    ``is_traced`` is whether somebody looks at operators: the compiler, functorch or a dispatch mode.
+    """
+    if spec.argument is not None and isinstance(o.x, Tensor):
+        halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in o[:4])
+        if halves and _runs_in_float32(spec.kind, o.x.device.type):
+            return lambda *operands: normalize(spec, *_cast(*operands))
+        if spec.eps is None and spec.kind == "rms":
+            spec = spec.but(eps=_RMS_EPS.get(o.x.dtype))
+    if is_wide(spec, o):
+        weight, bias = matched(o.x, o.weight, o.bias)
+        if weight is not o.weight or bias is not o.bias:
+            return lambda x, weight, bias, *rest: normalize(spec, x, *matched(x, weight, bias), *rest)
+    fits = check(spec, o)
+    if spec.unit_offset and o.weight is None:
+        spec = spec.but(unit_offset=False)
+    if not (fits and o.x.numel() and backend.of(o.x) == "triton"):
+        return lambda *operands: reference.call(spec, *operands)
+    return _by_kernels(spec, o, is_traced)
+
+
+def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
+    """The kernels, and behind them what they do not know: the slopes of PReLU in rows, some paddings, some layouts."""
+    from . import autograd, traced  # only now: they need Triton
+
+    by_channel, dims, sides = spec.kind in BY_CHANNEL, o.x.dim(), spec.sides(o.x.dim())
+    slope_behind = o.slope is not None and not by_channel
+    pad_behind = spec.padding != 0 and not (
+        by_channel and dims <= 5 and sides and len(sides) == 2 * (dims - 2) and min(sides) >= 0
+    )
+    unpadded = spec.padding == 0 or pad_behind
+    own = spec.but(eps=float(spec.eps), momentum=None if spec.momentum is None else float(spec.momentum))
+    if slope_behind:
+        own = own.but(activation="identity", parameters=())
+    if unpadded:
+        own = own.but(padding=0, return_unpadded=False)
+    call = partial(traced.forward, own) if is_traced else autograd.Kernels(own, o)
+    if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
+        return call
+
+    def around(x: Tensor, weight, bias, residual, slope, *rest: Tensor | None) -> Result:
+        y = call(x, weight, bias, residual, None if slope_behind else slope, *rest)
+        if slope_behind:
+            y = reference.finish(y, x, None, reference.on_torch(spec, slope, x))
+        elif spec.kind in ROWS:
+            # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
+            y = reference.in_format_of(x, y)
+        return reference.padded(spec, y)
+
+    return around
+
+
+def _listed_for_float32(kind: str, device: str) -> bool:
+    """Whether autocast on this device type, switched on, runs this norm in float32; an empty tensor tells."""
+    x = torch.empty(0, 2, dtype=torch.float16, device=device)
+    asked = Spec(kind, {"batch": None, "instance": None, "group": 1}.get(kind, (2,)), True, 0.0, 1e-5)
+    return reference.norm(asked, Operands(x), 1e-5, 0.0).dtype == torch.float32
+
+
+_remembered = lru_cache(_listed_for_float32)
+
+
+def _runs_in_float32(kind: str, device: str) -> bool:
+    if not reference.autocasts(device):
+        return False
+    # The compiler knows no caches, and warns of them.
+    return (_listed_for_float32 if torch.compiler.is_compiling() else _remembered)(kind, device)
+
+
+def _cast(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Tensor | None) -> list:
+    """The operands, those that torch's autocast would copy to float32 as such copies."""
+    wide = [t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in (x, weight, bias, residual)]
+    return [*wide, *rest]

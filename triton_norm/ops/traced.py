@@ -1,0 +1,202 @@
+"""Differentiable calls by the ``torch.library`` operators, for who traces or transforms: compiler, functorch, modes.
+
+The backward is a Function too, whose own gradient comes from the formula in reference.py: gradient penalties
+differentiate twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..activations import ACTIVATIONS
+from ..launching.backward import Saved
+from ..launching.keys import functorch_is_active, is_compiling
+from ..launching.operands import per_element, unpack_bits
+from ..spec import Operands, Spec
+from . import library, reference
+
+#: Operands that have gradients: x, weight, bias, residual and slope.
+INPUTS = 5
+
+
+def keeps_bits(spec: Spec, o: Operands) -> bool:
+    """Whether one bit per element spares the backward pass whatever else z takes a tensor like x for."""
+    wide = o.residual is not None or per_element(spec, o.x, o.bias)
+    return wide and ACTIVATIONS[spec.activation].levels is not None
+
+
+def forward(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+    """The result of a call, a pair where the spec pads and wants both."""
+    o = Operands(*operands)
+    given = (o.running_mean, o.running_var) if not spec.use_stats else (None, None)
+    running = (o.running_mean, o.running_var, o.count) if spec.use_stats else (None, None, None)
+    first = (o.x, o.weight, o.bias, o.residual)
+    if is_compiling():
+        first = _apart(*first)
+    keep_bits = torch.is_grad_enabled() and keeps_bits(spec, o)
+    y, plain, _, _ = _Traced.apply(*first, o.slope, *running, *given, spec, keep_bits)
+    return (y, plain) if spec.return_unpadded and spec.padding != 0 else y
+
+
+def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, a repeated one as a view: the compiler refuses a Function that is given one tensor twice."""
+    apart: list[Tensor | None] = []
+    for t in tensors:
+        again = t is not None and any(t is other for other in apart)
+        apart.append(t.view_as(t) if again else t)
+    return apart
+
+
+class _Function(torch.autograd.Function):
+    """A Function whose ``apply`` is cheap.
+
+    With ``setup_context``, which functorch needs, torch binds the arguments to ``forward``'s signature at every call:
+    some 40 µs of host time for nothing, since ours are all positional.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if is_compiling() or functorch_is_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+class _Traced(_Function):
+    @staticmethod
+    def forward(
+        x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec, keep_bits
+    ):  # fmt: skip
+        y, statistics, bits, plain = library.forward(
+            x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec.text(), keep_bits
+        )
+        return y, plain, statistics, bits
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        x, weight, bias, residual, slope, _, _, _, mean, variance, spec, _ = inputs
+        _, plain, statistics, bits = output
+        ctx.has_plain = spec.return_unpadded and spec.padding != 0
+        ctx.mark_non_differentiable(statistics, bits, *(() if ctx.has_plain else (plain,)))
+        ctx.set_materialize_grads(False)
+        ctx.spec = spec
+        ctx.statistics, ctx.bits = statistics if spec.use_stats else None, bits if bits.numel() else None
+        o = Operands(x, weight, bias, residual, slope, mean, variance)
+        ctx.save_for_backward(*saved_of(spec, o, ctx.bits))
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None, *_: None):
+        if not ctx.has_plain:
+            # Compiled, the gradient of an output that is not there comes as an empty tensor.
+            dplain = None
+        o, saved = Operands(*ctx.saved_tensors), Saved(dy, dplain, ctx.statistics, ctx.bits)
+        return *backward(ctx.spec, o, saved, tuple(ctx.needs_input_grad[:INPUTS])), *(None,) * 7
+
+
+def _spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
+    """One entry per wanted flag from those found for the flags that are set."""
+    remaining = iter(found)
+    return [next(remaining) if want else None for want in wanted]
+
+
+def _fresh(t: Tensor | None) -> Tensor | None:
+    """A node of its own: dy may depend on x, and the first derivatives must not be followed that far.
+
+    It requires a gradient even if t does not, so that those first derivatives exist for every input.
+    """
+    if t is None:
+        return None
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+Wanted = tuple[bool, ...]
+
+
+def saved_of(spec: Spec, o: Operands, bits: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The operands that the backward pass needs. What z is not recomputed from is not kept alive."""
+    residual = o.residual if bits is None and spec.activation != "identity" else None
+    given = (None, None) if spec.use_stats else (o.running_mean, o.running_var)
+    return (o.x, o.weight, o.bias, residual, o.slope, *given)
+
+
+def passes_on(spec: Spec) -> bool:
+    """Whether a residual's gradient is the result's, which is nothing to compute."""
+    return spec.activation == "identity" and spec.padding == 0
+
+
+def pass_on(dy: Tensor, gradients: Sequence[Tensor | None] | None) -> Sequence[Tensor | None]:
+    """The gradients with dy as the residual's."""
+    x, weight, bias, _, slope = gradients or (None,) * INPUTS
+    return x, weight, bias, dy, slope
+
+
+def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[Tensor | None]:
+    """The wanted gradients of x, weight, bias, residual and slope, differentiable themselves."""
+    if saved.dy is None and saved.dplain is None:
+        return (None,) * INPUTS
+    if wanted[3] and passes_on(spec):
+        without = (*wanted[:3], False, wanted[4])
+        return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
+    found = _NormalizeBackward.apply(saved.dy, saved.dplain, *o[:7], saved.statistics, saved.bits, spec, wanted)
+    return _spread(found, wanted)
+
+
+class _NormalizeBackward(_Function):
+    """The backward as a Function, for those who differentiate it."""
+
+    @staticmethod
+    def forward(
+        dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec, wanted
+    ):  # fmt: skip
+        operands = (x, weight, bias, residual, slope, mean, variance)
+        return tuple(library.backward(dy, dplain, *operands, statistics, bits, spec.text(), list(wanted)))
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        ctx.bits, ctx.spec, ctx.wanted = inputs[10:]
+        ctx.save_for_backward(*inputs[:9])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, *upstream: Tensor | None):
+        spec = ctx.spec
+        dy, dplain, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            activation = None
+            if ctx.bits is not None:
+                # The activation is linear on either side of its corner, and the bits tell the side.
+                on, off = ACTIVATIONS[spec.activation].levels(*spec.parameters)
+                above = unpack_bits(spec, ctx.bits, Operands(x, weight, bias))
+                side = torch.where(above, on, off)
+                residual = torch.zeros_like(x)
+
+                def activation(z: Tensor) -> Tensor:
+                    return z * side.to(z.dtype)
+
+            dy, dplain, *inputs = [_fresh(t) for t in (dy, dplain, x, weight, bias, residual, slope)]
+            y = plain = reference.formula(spec, Operands(*inputs, mean, variance), activation)
+            if spec.padding != 0:
+                y = reference.pad(y, spec.padding, spec.padding_mode)
+            ends = [(end, d) for end, d in ((y, dy), (plain, dplain)) if d is not None]
+            firsts = torch.autograd.grad(
+                [end for end, _ in ends],
+                [t for t, want in zip(inputs, ctx.wanted, strict=True) if want],
+                [d for _, d in ends],
+                create_graph=True,
+            )
+            pairs = [(f, u) for f, u in zip(firsts, upstream, strict=True) if u is not None and f.requires_grad]
+            seconds = [dy, dplain, *inputs]
+            asked = [t is not None and need for t, need in zip(seconds, ctx.needs_input_grad[:7], strict=True)]
+            if not pairs or not any(asked):
+                return (None,) * len(ctx.needs_input_grad)
+            found = torch.autograd.grad(
+                [f for f, _ in pairs],
+                [t for t, ask in zip(seconds, asked, strict=True) if ask],
+                [u for _, u in pairs],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        return *_spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)
