@@ -11,6 +11,7 @@ HIP = torch.version.hip is not None
 _ORDINARY = {Tensor, torch.nn.Parameter}
 is_compiling = torch.compiler.is_compiling
 functorch_is_active = torch._C._are_functorch_transforms_active
+any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -20,7 +21,7 @@ def is_ordinary(x: Tensor) -> bool:
 
 
 class Table(dict):
-    """Calls by key. All are forgotten where plans may have changed, or where ever new shapes would only make it grow."""
+    """Calls by key. All are forgotten where plans may have changed, and where ever new shapes only make it grow."""
 
     MOST = 4096
 

@@ -40,7 +40,7 @@ class Activated(nn.Module):
             return self._call_with(asked, input, residual, fused, *running)
         name, numbers, slope = resolve(self.activation)
         spec = Spec(*asked, self.eps, name, numbers, self.padding, self.padding_mode)
-        return self._run(spec, input, parameter(self, "weight"), parameter(self, "bias"), residual, slope, *running)
+        return self._run(spec, input, *parameters_of(self), residual, slope, *running)
 
     def _call_with(self, asked, input, residual, fused, *running) -> Result:
         unknown = [name for name in fused if name not in self._extras]
@@ -111,15 +111,22 @@ class Affine(Fused):
             nn.init.zeros_(self.bias)
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The attribute, past ``nn.Module``'s search for it; parametrized and pruned modules have it elsewhere."""
+def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, past ``nn.Module``'s search for them; parametrized and pruned modules have them elsewhere."""
     own = module._parameters
-    return own[name] if name in own else getattr(module, name, None)
+    return (
+        own["weight"] if "weight" in own else getattr(module, "weight", None),
+        own["bias"] if "bias" in own else getattr(module, "bias", None),
+    )
 
 
-def buffer(module: nn.Module, name: str) -> Tensor | None:
+def running_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean, running variance and the number of batches, likewise."""
     own = module._buffers
-    return own[name] if name in own else getattr(module, name)
+    try:
+        return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+    except KeyError:
+        return module.running_mean, module.running_var, module.num_batches_tracked
 
 
 def check_padding(padding: int | tuple[int, ...], mode: str, dims: int | None) -> None:

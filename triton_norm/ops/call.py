@@ -10,8 +10,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, is_ordinary, storages
-from ..spec import BY_CHANNEL, PER_COLUMN, ROWS, Operands, Spec
+from ..launching.keys import HIP, Table, any_autocast, is_ordinary, storages
+from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
 from .checks import DTYPES, HALF, check, is_wide, matched
 
@@ -20,9 +20,6 @@ Call = Callable[..., Result]
 
 #: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
 _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
-
-#: Kinds that autocast may have a list for; it is asked about these alone.
-_LISTED = ("group", *PER_COLUMN)
 
 _calls: dict[tuple, Call] = Table()
 
@@ -41,25 +38,23 @@ def normalize(
     if not is_ordinary(x):
         return _settle(spec, Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
+    # Triton compiles for pointers that 16 divides.
     try:
         key = (
-            spec, backend.setting(), spec.kind in _LISTED and reference.autocasts(x.device.type),
+            spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
             x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
-            None if weight is None
-            else (weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() % 16),
-            None if bias is None
-            else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() % 16),
-            None if residual is None
-            else (residual.shape, residual.stride(), residual.dtype, residual.device, residual.data_ptr() % 16),
-            None if slope is None
-            else (slope.shape, slope.stride(), slope.dtype, slope.device, slope.data_ptr() % 16),
-            None if running_mean is None
-            else (running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
-                  running_mean.data_ptr() % 16),
-            None if running_var is None
-            else (running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
-                  running_var.data_ptr() % 16),
-            None if count is None else (count.dtype, count.device, count.data_ptr() % 16),
+            weight is None or (weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() % 16),
+            bias is None or (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() % 16),
+            residual is None
+            or (residual.shape, residual.stride(), residual.dtype, residual.device, residual.data_ptr() % 16),
+            slope is None or (slope.shape, slope.stride(), slope.dtype, slope.device, slope.data_ptr() % 16),
+            running_mean is None
+            or (running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
+                running_mean.data_ptr() % 16),
+            running_var is None
+            or (running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
+                running_var.data_ptr() % 16),
+            count is None or (count.dtype, count.device, count.data_ptr() % 16),
             HIP and storages(operands),
         )  # fmt: skip
         call = _calls.get(key)
