@@ -20,7 +20,6 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from triton_norm.ops import backend as ops_backend
-from triton_norm.launching.launch import Launch, OPTIONS
 from triton_norm.tuning.plan import Device
 
 #: Name, target, and the multiprocessors of a typical card.

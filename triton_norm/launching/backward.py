@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from ..activations import ACTIVATIONS
 from ..kernels import backward as kernels
@@ -49,8 +49,9 @@ class Backward:
         # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
         # the gradient of, that is the cheapest to say.
         elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
-        self._new = torch.empty_like if plain.stride() == torch.empty_like(o.x).stride() else self._like_plain
-        self._new_affine = self._like_plain if elementwise else _contiguous
+        self._new = empty_like if plain.stride() == empty_like(o.x).stride() else self._like_plain
+        contiguous = all(p is None or p.is_contiguous() for p in (o.weight, o.bias))
+        self._new_affine = self._like_plain if elementwise else empty_like if contiguous else _contiguous
         self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
@@ -89,7 +90,7 @@ class Backward:
 
 
 def _contiguous(p: Tensor) -> Tensor:
-    return torch.empty_like(p, memory_format=torch.contiguous_format)
+    return empty_like(p, memory_format=torch.contiguous_format)
 
 
 def _bind(

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from ..activations import ACTIVATIONS
 from ..kernels import forward as kernels
@@ -53,7 +53,7 @@ class Forward:
         self._bits = 0 if first.bits is None else first.bits.numel()
         self._keep_plain = first.plain is not None
         # Where a result lies like x, that is the cheapest to say.
-        same = first.y.shape == o.x.shape and first.y.stride() == torch.empty_like(o.x).stride()
+        same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
         self._y = None if same else (first.y.shape, first.y.stride())
         self._plain_strides = plain.stride()
         tidy = operands.tidied(spec, o, plain)
@@ -73,7 +73,7 @@ class Forward:
 
     def __call__(self, o: tuple) -> tuple:
         x = o[0]
-        y = torch.empty_like(x) if self._y is None else x.new_empty_strided(*self._y)
+        y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y)
         statistics = bits = plain = None
         if self._statistics:
             size, dtype = self._statistics, self._dtype

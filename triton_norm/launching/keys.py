@@ -35,12 +35,14 @@ class Table(dict):
         self[key] = call
 
 
-def layouts(tensors: Iterable[Tensor | None]) -> list:
-    """What a bound call depends on of its operands: layouts, and where Triton is told that 16 divides a pointer."""
-    found = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
-    return [*found, HIP and storages(tensors)]
+def layouts(tensors: Iterable[Tensor | None]) -> tuple:
+    """What a bound call depends on of its operands."""
+    tensors = tuple(tensors)
+    return (*(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors), placement(tensors))
 
 
-def storages(tensors: Iterable[Tensor | None]) -> tuple:
-    """For AMD GPUs Triton also compiles for storages that 32 bits address."""
-    return tuple(t is None or t.untyped_storage().nbytes() < 2**31 for t in tensors)
+def placement(tensors: Iterable[Tensor | None]) -> tuple:
+    """What Triton compiles for beside layouts: pointers that 16 divides and, for AMD GPUs, storages within 32 bits."""
+    return tuple(
+        t is None or (t.data_ptr() % 16 == 0, not HIP or t.untyped_storage().nbytes() < 2**31) for t in tensors
+    )

@@ -6,22 +6,22 @@ Whatever else there is, gradients of gradients among it, goes by the operators o
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd.function import FunctionCtx
 
 from ..launching import bound
 from ..launching.backward import Backward, Saved
 from ..launching.forward import Forward
-from ..launching.keys import HIP, is_ordinary, storages
+from ..launching.keys import HIP, is_ordinary, layouts
 from ..spec import Operands, Spec
 from . import traced
-from .traced import INPUTS, keeps_bits, pass_on, passes_on, saved_of
+from .traced import keeps_bits, pass_on, passes_on, saved_of
 
 
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_backwards", "_inference", "_passes_on", "_training", "_watched", "spec")
+    __slots__ = ("_backwards", "_inference", "_passes_on", "_training", "spec")
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self.spec = spec
@@ -30,18 +30,17 @@ class Kernels:
         self._training: Forward | None = None
         self._inference: Forward | None = None
         self._backwards: dict[tuple, Backward] = {}
-        # Autograd gives back the operands that it was given, unless somebody packs and unpacks them meanwhile: then
-        # these may lie otherwise.
-        self._watched = [
-            i for i, t in enumerate(o[:INPUTS])
-            if t is not None and (t.dim() > 1 or not t.is_contiguous() or t.data_ptr() % 16)
-        ]  # fmt: skip
 
     def __call__(self, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled():
-            for t in operands[:INPUTS]:
-                if t is not None and t.requires_grad:
-                    return _apply(self, operands[INPUTS:], *operands[:INPUTS])
+        x, weight, bias, residual, slope, mean, var, count = operands
+        if is_grad_enabled() and (
+            x.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+            or (residual is not None and residual.requires_grad)
+            or (slope is not None and slope.requires_grad)
+        ):
+            return _apply(self, (mean, var, count), x, weight, bias, residual, slope)
         y, _, _, plain = (self._inference or self._bind_forward(operands, False))(operands)
         return y if plain is None else (y, plain)
 
@@ -61,14 +60,15 @@ class Kernels:
         if self._passes_on and wanted[3]:
             without = (*wanted[:3], False, wanted[4])
             return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
+        # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
         dy, dplain, _, _ = saved
-        key = [wanted, dy.stride(), dy.data_ptr() % 16, dplain is None or (dplain.stride(), dplain.data_ptr() % 16)]
-        for i in self._watched:
-            t = o[i]
+        key, places = [wanted, dy.stride()], dy.data_ptr()
+        for t in o:
             if t is not None:
-                key += (t.stride(), t.data_ptr() % 16)
-        if HIP:
-            key += storages((*o, *saved))
+                key.append(t.stride())
+                places |= t.data_ptr()
+        if dplain is not None or places % 16 or HIP:
+            key += layouts((dplain, *o, dy, dplain))
         key = tuple(key)
         call = self._backwards.get(key)
         if call is None:
@@ -97,7 +97,7 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None = None):
         call, o, wanted = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
         saved = (dy, dplain, ctx.statistics, ctx.bits)
-        if type(dy) is not Tensor or torch.is_grad_enabled() or not is_ordinary(o[0]):
+        if type(dy) is not Tensor or is_grad_enabled() or not is_ordinary(o[0]):
             return None, None, *traced.backward(call.spec, Operands(*o), Saved(*saved), wanted)
         return None, None, *call.backward(o, saved, wanted)
 

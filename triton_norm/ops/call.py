@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, any_autocast, is_ordinary, storages
+from ..launching.keys import HIP, Table, any_autocast, is_ordinary, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
 from .checks import DTYPES, HALF, check, is_wide, matched
@@ -38,24 +38,33 @@ def normalize(
     if not is_ordinary(x):
         return _settle(spec, Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
-    # Triton compiles for pointers that 16 divides.
     try:
+        places = x.data_ptr()
+        if weight is not None:
+            places |= weight.data_ptr()
+            weight = weight.shape, weight.stride(), weight.dtype, weight.device
+        if bias is not None:
+            places |= bias.data_ptr()
+            bias = bias.shape, bias.stride(), bias.dtype, bias.device
+        if residual is not None:
+            places |= residual.data_ptr()
+            residual = residual.shape, residual.stride(), residual.dtype, residual.device
+        if slope is not None:
+            places |= slope.data_ptr()
+            slope = slope.shape, slope.stride(), slope.dtype, slope.device
+        if running_mean is not None:
+            places |= running_mean.data_ptr()
+            running_mean = running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device
+        if running_var is not None:
+            places |= running_var.data_ptr()
+            running_var = running_var.shape, running_var.stride(), running_var.dtype, running_var.device
+        if count is not None:
+            places |= count.data_ptr()
+            count = count.dtype, count.device
         key = (
             spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
-            x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
-            weight is None or (weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() % 16),
-            bias is None or (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() % 16),
-            residual is None
-            or (residual.shape, residual.stride(), residual.dtype, residual.device, residual.data_ptr() % 16),
-            slope is None or (slope.shape, slope.stride(), slope.dtype, slope.device, slope.data_ptr() % 16),
-            running_mean is None
-            or (running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
-                running_mean.data_ptr() % 16),
-            running_var is None
-            or (running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
-                running_var.data_ptr() % 16),
-            count is None or (count.dtype, count.device, count.data_ptr() % 16),
-            HIP and storages(operands),
+            x.shape, x.stride(), x.dtype, x.device, weight, bias, residual, slope, running_mean, running_var, count,
+            (places % 16 or HIP) and placement(operands),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
