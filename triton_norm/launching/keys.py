@@ -35,6 +35,11 @@ class Table(dict):
         self[key] = call
 
 
+def nowhere() -> int:
+    """Of an empty or a meta tensor, which is nothing for a launch."""
+    raise TypeError("a tensor without memory")
+
+
 def layouts(tensors: Iterable[Tensor | None]) -> tuple:
     """What a bound call depends on of its operands."""
     tensors = tuple(tensors)

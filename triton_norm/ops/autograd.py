@@ -62,14 +62,19 @@ class Kernels:
             return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
         # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
         dy, dplain, _, _ = saved
-        key, places = [wanted, dy.stride()], dy.data_ptr()
-        for t in o:
-            if t is not None:
-                key.append(t.stride())
-                places |= t.data_ptr()
-        if dplain is not None or places % 16 or HIP:
-            key += layouts((dplain, *o, dy, dplain))
-        key = tuple(key)
+        x, weight, bias, residual, slope, mean, var = o
+        places = dy.data_ptr() | x.data_ptr()
+        if weight is not None:
+            places |= weight.data_ptr()
+            weight = weight.stride()
+        if bias is not None:
+            places |= bias.data_ptr()
+            bias = bias.stride()
+        if residual is not None:
+            places |= residual.data_ptr()
+            residual = residual.stride()
+        all_else = places % 16 or dplain is not None or slope is not None or mean is not None or HIP
+        key = (wanted, dy.stride(), x.stride(), weight, bias, residual, all_else and layouts((*o, dy, dplain)))
         call = self._backwards.get(key)
         if call is None:
             call = bound.bound(

@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, any_autocast, is_ordinary, placement
+from ..launching.keys import HIP, Table, any_autocast, is_ordinary, nowhere, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
 from .checks import DTYPES, HALF, check, is_wide, matched
@@ -38,29 +38,30 @@ def normalize(
     if not is_ordinary(x):
         return _settle(spec, Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
+    # A device's number is compared faster than the device, and memory tells one without a number from no device at all.
     try:
-        places = x.data_ptr()
+        places = x.data_ptr() or nowhere()
         if weight is not None:
-            places |= weight.data_ptr()
-            weight = weight.shape, weight.stride(), weight.dtype, weight.device
+            places |= weight.data_ptr() or nowhere()
+            weight = weight.shape, weight.stride(), weight.dtype, weight.get_device()
         if bias is not None:
-            places |= bias.data_ptr()
-            bias = bias.shape, bias.stride(), bias.dtype, bias.device
+            places |= bias.data_ptr() or nowhere()
+            bias = bias.shape, bias.stride(), bias.dtype, bias.get_device()
         if residual is not None:
-            places |= residual.data_ptr()
-            residual = residual.shape, residual.stride(), residual.dtype, residual.device
+            places |= residual.data_ptr() or nowhere()
+            residual = residual.shape, residual.stride(), residual.dtype, residual.get_device()
         if slope is not None:
-            places |= slope.data_ptr()
-            slope = slope.shape, slope.stride(), slope.dtype, slope.device
+            places |= slope.data_ptr() or nowhere()
+            slope = slope.shape, slope.stride(), slope.dtype, slope.get_device()
         if running_mean is not None:
-            places |= running_mean.data_ptr()
-            running_mean = running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device
+            places |= running_mean.data_ptr() or nowhere()
+            running_mean = running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.get_device()
         if running_var is not None:
-            places |= running_var.data_ptr()
-            running_var = running_var.shape, running_var.stride(), running_var.dtype, running_var.device
+            places |= running_var.data_ptr() or nowhere()
+            running_var = running_var.shape, running_var.stride(), running_var.dtype, running_var.get_device()
         if count is not None:
-            places |= count.data_ptr()
-            count = count.dtype, count.device
+            places |= count.data_ptr() or nowhere()
+            count = count.dtype, count.get_device()
         key = (
             spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
             x.shape, x.stride(), x.dtype, x.device, weight, bias, residual, slope, running_mean, running_var, count,
