@@ -1,5 +1,7 @@
 """reference.py: the differentiable formula, and what the CPU path promises beyond torch's functions."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from oracle import Arguments, arguments, assert_close, assert_close_as_vectors, expected
@@ -112,7 +114,7 @@ def test_formula_keeps_digits_far_from_zero():
 def test_dtype_of_the_result(kind, monkeypatch):
     """Whatever autocast makes of an activation, the input's dtype comes back."""
     x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
-    widening = reference.ACTIVATIONS["softplus"]._replace(torch=lambda z, *_: z.float())
+    widening = replace(reference.ACTIVATIONS["softplus"], torch=lambda z, *_: z.float())
     monkeypatch.setitem(reference.ACTIVATIONS, "softplus", widening)
     assert reference.normalize(bare(kind, "softplus"), Operands(x)).dtype == torch.bfloat16
 
