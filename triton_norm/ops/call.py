@@ -116,7 +116,8 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
         own = own.but(activation="identity", parameters=())
     if unpadded:
         own = own.but(padding=0, return_unpadded=False)
-    call = partial(traced.forward, own) if is_traced else autograd.Kernels(own, o)
+    # Meta tensors have no data to launch on, but the operators know their results.
+    call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)
     if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
         return call
 
