@@ -20,7 +20,7 @@ class AdaIN2d(Fused):
     padding.
     """
 
-    _extras: ClassVar[dict[str, Any]] = InstanceNorm._extras
+    _extras: ClassVar[frozenset[str]] = InstanceNorm._extras
     _dims = 2
 
     def __init__(
@@ -44,7 +44,7 @@ class AdaIN2d(Fused):
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
-        fused = {"weight": scale, "bias": shift, **fused}
+        fused = {"weight": scale, "bias": shift, "unbiased": self.unbiased, **fused}
         return self._call_with(("instance", None, True, 0.0), input, residual, fused, None, None, None)
 
     def extra_repr(self) -> str:

@@ -63,7 +63,7 @@ class BatchNorm(Affine):
 
 
 class InstanceNorm(Affine):
-    _extras: ClassVar[dict[str, Any]] = {**Affine._extras, "unbiased": False}
+    _extras: ClassVar[frozenset[str]] = Affine._extras | {"unbiased"}
 
     def __init__(
         self,
@@ -194,7 +194,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation and residual."""
 
-    _extras: ClassVar[dict[str, Any]] = {"weight": None, "activation": None}
+    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"}
 
     def __init__(
         self,
