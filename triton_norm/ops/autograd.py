@@ -62,7 +62,7 @@ class Kernels:
             return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
         # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
         dy, dplain, _, _ = saved
-        x, weight, bias, residual, slope, mean, var = o
+        x, weight, bias, residual, slope, mean, _ = o
         places = dy.data_ptr() | x.data_ptr()
         if weight is not None:
             places |= weight.data_ptr()
