@@ -26,7 +26,7 @@ PICTURES = {
     "memory.png": "Peak memory relative to eager",
 }
 HOST_HEADER = (
-    "layer", "forward, µs", "in launches", "unfused", "under no_grad", "forward and backward, µs", "in launches", "unfused"
+    "layer", "forward, µs", "in launches", "unfused", "no_grad", "forward + backward, µs", "in launches", "unfused"
 )  # fmt: skip
 TRAFFIC_HEADER = ("shape", "what", "direction", "launches", "bytes per element", "fewest possible", "PyTorch eager")
 
