@@ -5,6 +5,7 @@ what is compiled is what a GPU would be given, untuned. ``--check`` fails on a s
 plane allows 16-byte ones.
 """
 
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from triton_norm import functional
 from triton_norm.cli.demo import DTYPES, Progress, table
 from triton_norm.kernels.tiles import AFFINES
+from triton_norm.ops import backend
 
 from . import common, shapes
 from .common import Parser, UserError
@@ -46,29 +47,29 @@ class Tile:
         self.a = a
         self.itemsize = a["x"].element_size()
         self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
-        per_element = a.get("NORM", (None,))[0] == AFFINES["element"]
+        per_element = a["NORM"].AFFINE == AFFINES["element"]
         # Bits stand for the bias.
         affine = AFFINE[:1] if a.get("bits") is not None else AFFINE
         self.read = READ + (affine if per_element else ())
         self.written = WRITTEN + (AFFINE_WRITTEN if per_element else ())
-        elements = a["R"] * a["BLOCK_K"] * a["BLOCK_S"]
-        self.bytes_per_thread = max(elements // (report.warps * warp_size), 1) * self.itemsize
+        self.block = a["BLOCK"]
+        self.bytes_per_thread = max(math.prod(self.block) // (report.warps * warp_size), 1) * self.itemsize
 
     @staticmethod
     def of(report: Report, warp_size: int) -> "Tile | None":
-        names = {"x", "x_g", "x_s", "R", "BLOCK_K", "BLOCK_S"}
+        names = {"x", "x_g", "x_s", "BLOCK"}
         return Tile(report, warp_size) if names <= report.arguments.keys() else None
 
     @property
     def text(self) -> str:
         order = "channels_last" if self.transposed else "contiguous"
-        return f"{self.a['R']} x {self.a['BLOCK_K']} x {self.a['BLOCK_S']} {order}"
+        return f"{' x '.join(map(str, self.block))} {order}"
 
     @property
     def aligned(self) -> bool:
         """Whether every run of neighbours in memory is at least 16 bytes and ends on 16 bytes."""
-        along, across = ("G", "R") if self.transposed else ("S", "BLOCK_S")
-        whole = self.a[along] * self.itemsize % VECTOR == 0 and self.a[across] * self.itemsize >= VECTOR
+        along, across = (self.a["G"], self.block.R) if self.transposed else (self.a["S"], self.block.S)
+        whole = along * self.itemsize % VECTOR == 0 and across * self.itemsize >= VECTOR
         return whole and (self.transposed or self.a["x_s"] == 1)
 
     def starts_aligned(self, name: str) -> bool:
@@ -146,7 +147,7 @@ def parser() -> Parser:
 
 
 def run(arguments) -> int:
-    if functional._INTERPRETED:
+    if backend.INTERPRETED:
         raise UserError("TRITON_INTERPRET is set, so kernels are interpreted, not compiled: unset it")
     targets = arguments.targets or (["sm_90"] if arguments.quick else list(TARGETS))
     dtypes = arguments.dtypes or (["float16"] if arguments.quick else list(shapes.HALF_AND_FULL))

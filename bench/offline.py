@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from triton_norm.ops import backend as ops_backend
-from triton_norm.launching.launch import Launch, OPTIONS
+from triton_norm.launching import devices
+from triton_norm.launching.launch import Launch
+from triton_norm.ops import backend
+from triton_norm.tuning import autotune
 from triton_norm.tuning.plan import Device
 
 #: Name, target, and the multiprocessors of a typical card.
@@ -57,36 +60,38 @@ class Report:
     warps: int
     registers: int
     spills: int
+    #: Of the whole program, as written: a loop's body counts once.
+    instructions: int
     shared: int
     loads: dict[int, int]
     stores: dict[int, int]
+    grid: tuple[int, ...] = ()
     #: What the kernel was launched with, by name.
     arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
 
 @contextmanager
 def compiling(target: str) -> Iterator[list[Report]]:
-    """Inside the block every launch is compiled for ``target``, not run, and reported.
+    """Inside the block every launch is compiled for ``target``, untuned, not run, and reported.
 
     The stub driver stays active afterwards: a process that compiles offline is not one that runs kernels.
     """
     reports: list[Report] = []
 
-    def compile_only(x, kernel, grid, *args, **constants):
-        compiled = kernel.warmup(*args, grid=grid, **constants, **launch.OPTIONS)
-        arguments = dict(zip(kernel.arg_names, args, strict=False)) | constants
-        reports.append(replace(inspect(compiled), arguments=arguments))
+    def compile_only(launch: Launch, *pointers: torch.Tensor | None) -> None:
+        kernel, arguments = launch._kernel, (*pointers, *launch._constants)
+        compiled = kernel.warmup(*arguments, grid=launch._grid, **launch._options)
+        named = dict(zip(kernel.arg_names, arguments, strict=True))
+        reports.append(replace(inspect(compiled), grid=launch._grid, arguments=named))
 
     triton.runtime.driver.set_active(StubDriver(target))
-    launch._prepare.cache_clear()
-    try:
-        with (
-            mock.patch.object(launch, "_run", compile_only),
-            mock.patch.object(launch, "_device", lambda index: TARGETS[target][1]),
-        ):
-            yield reports
-    finally:
-        launch._prepare.cache_clear()
+    # A change of the mode also has calls forgotten that were bound for another target.
+    with (
+        autotune.mode("0"),
+        mock.patch.object(Launch, "__call__", compile_only),
+        mock.patch.object(devices, "device", lambda index: TARGETS[target][1]),
+    ):
+        yield reports
 
 
 @contextmanager
@@ -96,18 +101,18 @@ def kernels_for_cpu_tensors() -> Iterator[None]:
     Only for drivers and launchers that run nothing.
     """
     environment = {"TRITON_NORM_BACKEND": "triton", "TRITON_NORM_AUTOTUNE": "0"}
-    with mock.patch.dict(os.environ, environment), mock.patch.object(ops_backend, "INTERPRETED", True):
+    with mock.patch.dict(os.environ, environment), mock.patch.object(backend, "INTERPRETED", True):
         yield
 
 
 def inspect(compiled) -> Report:
-    """Registers, spills and access widths of a compiled kernel."""
+    """Registers, spills, instructions and access widths of a compiled kernel."""
     metadata = compiled.metadata
     if "cubin" in compiled.asm:
-        registers, spills, loads, stores = _inspect_cuda(compiled.asm["cubin"])
+        registers, spills, instructions, loads, stores = _inspect_cuda(compiled.asm["cubin"])
     else:
-        registers, spills, loads, stores = _inspect_hip(compiled.asm["amdgcn"])
-    return Report(metadata.name, metadata.num_warps, registers, spills, metadata.shared, loads, stores)
+        registers, spills, instructions, loads, stores = _inspect_hip(compiled.asm["amdgcn"])
+    return Report(metadata.name, metadata.num_warps, registers, spills, instructions, metadata.shared, loads, stores)
 
 
 @functools.cache
@@ -118,7 +123,7 @@ def _tool(name: str) -> str:
 
 
 @functools.cache
-def _inspect_cuda(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
+def _inspect_cuda(cubin: bytes) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -131,7 +136,9 @@ def _inspect_cuda(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     # Spilled values live on the stack (local memory), which these kernels use for nothing else.
     spills = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-    return registers, spills, _sass_widths(sass, "LDG"), _sass_widths(sass, "STG")
+    # A line of code starts with its address; what fills up the last lines is not counted.
+    instructions = len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?!NOP|\s)", sass, re.MULTILINE))
+    return registers, spills, instructions, _sass_widths(sass, "LDG"), _sass_widths(sass, "STG")
 
 
 def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
@@ -144,12 +151,15 @@ def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
 
 
 @functools.cache
-def _inspect_hip(assembly: str) -> tuple[int, int, dict[int, int], dict[int, int]]:
+def _inspect_hip(assembly: str) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 
+    # Lines that are neither labels nor directives nor comments.
+    instructions = len(re.findall(r"^\t[a-z]", assembly, re.MULTILINE))
     return (
-        field("vgpr_count"), field("vgpr_spill_count"), _hip_widths(assembly, "load"), _hip_widths(assembly, "store")
+        field("vgpr_count"), field("vgpr_spill_count"), instructions,
+        _hip_widths(assembly, "load"), _hip_widths(assembly, "store"),
     )  # fmt: skip
 
 
