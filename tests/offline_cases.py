@@ -128,10 +128,10 @@ def recorded(release: str) -> dict[tuple[str, str], tuple[int, ...]]:
 def releases() -> list[str]:
     """Those in the table, oldest first."""
     with TABLE.open() as file:
-        return sorted(csv.DictReader(file).fieldnames[2:], key=_number)
+        return sorted(csv.DictReader(file).fieldnames[2:], key=as_numbers)
 
 
-def _number(release: str) -> tuple[int, ...]:
+def as_numbers(release: str) -> tuple[int, ...]:
     return tuple(map(int, release.split(".")))
 
 
@@ -145,7 +145,7 @@ def record() -> None:
     rows = [row for case in cases() for row in compile_case(RECORDED, *case)]
     columns = {release: recorded(release) for release in releases()} if TABLE.exists() else {}
     columns[RELEASE] = {key(row): tuple(row[figure] for figure in FIGURES) for row in rows}
-    names = sorted(columns, key=_number)
+    names = sorted(columns, key=as_numbers)
     with TABLE.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "kernel", *names])
