@@ -65,7 +65,7 @@ def compile_case(
             spec, Operands(x, weight, bias, extra, None, running, running, count), keep_bits
         )
         bound.backward(
-            spec, Operands(x, weight, bias, None if keep_bits else extra), Saved(y, None, statistics, bits),
+            spec, Operands(x, weight, bias, extra if bits is None else None), Saved(y, None, statistics, bits),
             (True, True, bias is not None, residual, False),
         )  # fmt: skip
     case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}

@@ -294,6 +294,16 @@ def gradient(
             sum_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
         mean_dx = (sum_dx / (n - NORM.CORRECTION))[:, None]
         mean_d = (sum_d / n)[:, None]
+        if BY_ROW:
+            if share == 0:
+                # Loaded again: were the totals above stored, their layout would be the store's, also where the tiles
+                # need them, and every tile would go through shared memory. Ahead of the loop this takes no registers.
+                row_dx = row_total(sums, 0, of, sizes, P, BLOCK_P)
+                row_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
+                row_ds = row_d
+                if dslope is not None:
+                    row_ds = row_total(sums, 2, of, sizes, P, BLOCK_P)
+                store_parameters(gradients, row_dx, row_d, row_ds, of, NORM)
     if SUMS:
         sums_dx = zeros(BLOCK, ACC)
         sums_d = zeros(BLOCK, ACC)
@@ -367,13 +377,3 @@ def gradient(
             if slope is not None:
                 tl.store(partials + 2 * plane + to, row_ds, mask=of.live)
         store_parameters(gradients, row_dx, row_d, row_ds, of, NORM)
-    elif BY_ROW:
-        if share == 0:
-            # Loaded again: were the totals above stored, their layout would be the store's, also where the tiles need
-            # them, and every tile would go through shared memory.
-            row_dx = row_total(sums, 0, of, sizes, P, BLOCK_P)
-            row_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
-            row_ds = row_d
-            if dslope is not None:
-                row_ds = row_total(sums, 2, of, sizes, P, BLOCK_P)
-            store_parameters(gradients, row_dx, row_d, row_ds, of, NORM)
