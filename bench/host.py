@@ -1,41 +1,43 @@
 """What one call costs the CPU, and where that goes. ``python -m bench.host``; needs no GPU.
 
-Without a GPU a stub driver launches nothing, and tensors are a few numbers on the CPU: the cost of issuing work is all
-there is. With ``--device cuda`` the same calls issue real kernels, and nobody waits for them. A call is timed at each
-depth with the arguments it has there, and a part is the difference of two depths; times are of the fastest of several
-batches, the one that was disturbed least.
+Without a GPU the driver is a stub that launches nothing, beneath Triton's own launcher, and tensors are a few numbers
+on the CPU: the cost of issuing work is all there is. With ``--device cuda`` the same calls issue real kernels, and
+nobody waits for them. A call is timed at each depth with the arguments it has there, and a part is the difference of
+two depths; times are of the fastest of several batches, the one that was disturbed least.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
-from torch import nn
 
-from triton_norm import functional
 from triton_norm.cli.demo import Progress, table
+from triton_norm.launching.backward import Backward
+from triton_norm.launching.forward import Forward
+from triton_norm.launching.launch import INTERPRETED, Launch
+from triton_norm.layers.base import Activated
+from triton_norm.ops.autograd import Kernels
+from triton_norm.tuning import autotune
 
-
-
-from . import common
+from . import common, stub
 from .common import Parser, UserError
 from .layers import Fused, Plain, build
-from .offline import StubDriver, kernels_for_cpu_tensors
+from .offline import kernels_for_cpu_tensors
 from .shapes import Shape
 
 FIELDS = ("layer", "direction", "total_us", "module_us", "checks_us", "autograd_us", "op_us", "arguments_us",
-          "plan_us", "allocation_us", "launch_us", "launches", "unfused_us")  # fmt: skip
+          "plan_us", "allocation_us", "launch_us", "launches", "unfused_us", "no_grad_us")  # fmt: skip
 PARTS = tuple(field.removesuffix("_us") for field in FIELDS[3:11])
-SIZE = (2, 32, 4, 4)
+#: One sample, as GANs are trained with: there a layer keeps a GPU busy for less than it takes to issue.
+SIZE = (1, 32, 4, 4)
 BARE = "bare Triton launch"
 
 #: Layers, each forward and forward + backward.
@@ -57,9 +59,10 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 LEGEND = """
-module: nn.Module and its forward; checks: functional.py; autograd: its engine and Function; op: torch.library;
-arguments: what launch.py does besides; plan: its look-up; allocation: of outputs; launch: Triton's.
-Unfused: the same layer in PyTorch's own operators, on the same tiny tensors."""
+module: nn.Module, its forward and the spec; autograd: its engine and Function; arguments: what is between the look-up
+and the launches besides; plan: the look-up of the bound call; allocation: of outputs; launch: Triton's. Checks and
+operators (op) are for the first call of a shape and for traced calls: nothing of them is left here.
+Unfused: the same layer in PyTorch's own operators, on the same tiny tensors. no grad: the forward under no_grad."""
 
 Row = dict[str, object]
 
@@ -69,45 +72,37 @@ class Call(NamedTuple):
 
     function: Callable
     args: tuple
-    kwargs: dict[str, Any]
 
-    def __call__(self, **changed) -> object:
-        return self.function(*self.args, **self.kwargs, **changed)
-
-
-class NothingDriver(StubDriver):
-    """A stub driver whose compiled kernels can be launched, and do nothing."""
-
-    utils = SimpleNamespace(
-        load_binary=lambda *_: (1, 1, 32, 0, 1024), get_device_properties=lambda _: {"max_shared_mem": 2**18}
-    )
-
-    @staticmethod
-    def launcher_cls(source: object, metadata: object) -> Callable[..., None]:
-        return lambda *_: None
+    def __call__(self) -> object:
+        return self.function(*self.args)
 
 
 @contextmanager
-def launching_nothing() -> Iterator[None]:
-    """Kernels are compiled for sm_90 and launched on CPU tensors, to no effect."""
-    triton.runtime.driver.set_active(NothingDriver("sm_90"))
-    launch._prepare.cache_clear()
+def launching_nothing() -> Iterator[str]:
+    """Kernels are compiled for sm_90 and launched on CPU tensors, to no effect. Gives what stands in for the driver."""
+    if stub.compiler():
+        driver, what = stub.triton_launcher("sm_90"), "Triton's launcher over a stub driver"
+    else:
+        driver, what = stub.PythonLauncher("sm_90"), "a stub driver in Python, without Triton's launcher: no C compiler"
+    triton.runtime.driver.set_active(driver)
+    autotune.forget()
     with kernels_for_cpu_tensors():
-        yield
-    launch._prepare.cache_clear()
+        yield what
+    autotune.forget()
 
 
 @contextmanager
-def recording(module: object, name: str) -> Iterator[list[Call]]:
-    """The calls of ``module.name`` inside the block."""
+def recording(owner: type, name: str) -> Iterator[list[Call]]:
+    """The calls of a method, or of a static method, inside the block."""
     calls: list[Call] = []
-    function = getattr(module, name)
+    static = isinstance(vars(owner)[name], staticmethod)
+    function = getattr(owner, name)
 
-    def record(*args, **kwargs):
-        calls.append(Call(function, args, kwargs))
-        return function(*args, **kwargs)
+    def record(*args):
+        calls.append(Call(function, args))
+        return function(*args)
 
-    with mock.patch.object(module, name, record):
+    with mock.patch.object(owner, name, staticmethod(record) if static else record):
         yield calls
 
 
@@ -127,36 +122,47 @@ class Stopwatch:
             best = min(best, time.perf_counter() - start)
         return 1e6 * best / self.calls
 
-    def all(self, calls: Sequence[Call], **changed) -> float:
-        return sum(self(lambda call=call: call(**changed)) for call in calls)
+    def all(self, calls: Sequence[Call]) -> float:
+        return sum(map(self, calls))
 
 
-def _depths(run: Callable[[], object], op_name: str, kernel_function: Callable) -> dict[str, list[Call]]:
-    """The calls that ``run`` makes at each depth; ``op_name`` is autograd's name of the op for one direction."""
+def _pass(bound: Sequence[Call], launches: Sequence[Call], watch: Stopwatch) -> tuple[float, dict[str, float]]:
+    """What bound calls take once they are found, and how it divides."""
+    whole = watch.all(bound)
+    parts = {"allocation": 0.0, "launch": watch.all(launches)}
+    for call in bound:
+        with mock.patch.object(call.args[0], "_steps", lambda *_: None):
+            parts["allocation"] += watch(call)
+    return whole, parts | {"arguments": whole - sum(parts.values())}
+
+
+def _forward_parts(forward: Callable[[], object], total: float, watch: Stopwatch) -> tuple[dict[str, float], int]:
     with (
-        recording(functional, "_normalize") as checked,
-        recording(autograd, "normalize") as differentiable,
-        recording(autograd, op_name) as ops,
-        recording(launch, "prepare") as plans,
-        recording(launch, "_run") as launches,
+        recording(Activated, "_run") as asked,
+        recording(Kernels, "__call__") as found,
+        recording(Forward, "__call__") as bound,
+        recording(Launch, "__call__") as launches,
     ):
-        run()
-    inner = [call._replace(function=kernel_function) for call in ops]
-    return {
-        "checks": checked, "autograd": differentiable, "op": ops, "inner": inner, "plan": plans, "launch": launches,
-    }  # fmt: skip
+        forward()
+    looked_up, differentiable = watch.all(asked), watch.all(found)
+    with torch.no_grad():
+        whole, parts = _pass(bound, launches, watch)
+    parts |= {"module": total - looked_up, "plan": looked_up - differentiable, "autograd": differentiable - whole}
+    return parts, len(launches)
 
 
 @torch.no_grad()
-def _op(found: dict[str, list[Call]], watch: Stopwatch) -> tuple[float, dict[str, float]]:
-    """The op as autograd calls it, and how its time divides."""
-    op, inner = watch.all(found["op"]), watch.all(found["inner"])
-    parts = {
-        "plan": watch.all(found["plan"]),
-        "allocation": watch.all(found["inner"], run=False),
-        "launch": watch.all(found["launch"]),
-    }
-    return op, parts | {"arguments": inner - sum(parts.values()), "op": op - inner}
+def _backward_parts(backward: Callable[[], object], total: float, watch: Stopwatch) -> tuple[dict[str, float], int]:
+    with (
+        torch.enable_grad(),
+        recording(Kernels, "backward") as found,
+        recording(Backward, "__call__") as bound,
+        recording(Launch, "__call__") as launches,
+    ):
+        backward()
+    looked_up = watch.all(found)
+    whole, parts = _pass(bound, launches, watch)
+    return parts | {"plan": looked_up - whole, "autograd": total - looked_up}, len(launches)
 
 
 def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[Row]:
@@ -165,30 +171,28 @@ def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[R
     results = {}
     for factory in (Plain, Fused):
         layer = build(factory, shape).to(device)
-        y = layer(*inputs)
+        # What a user's own forward calls, without a module of ours around it.
+        forward = layer.call(*inputs)
+        y = forward()
         dy, wanted = torch.randn_like(y), [*inputs, *layer.parameters()]
-
-        def forward(layer: nn.Module = layer) -> torch.Tensor:
-            return layer(*inputs)
 
         def both(forward=forward, wanted=wanted, dy=dy) -> object:
             return torch.autograd.grad(forward(), wanted, dy)
 
         results[factory] = forward, wanted, watch(forward), watch(both)
     forward, wanted, forward_us, both_us = results[Fused]
-    found = _depths(forward, "_forward", launch.forward)
-    checked, differentiable = watch.all(found["checks"]), watch.all(found["autograd"])
-    op, parts = _op(found, watch)
-    own = {"module": forward_us - checked, "checks": checked - differentiable, "autograd": differentiable - op} | parts
-    yield _row(name, "forward", forward_us, own, len(found["launch"]), results[Plain][2])
+    unfused_forward, unfused_both = results[Plain][2:]
+    with torch.no_grad():
+        no_grad_us = watch(forward)
+    parts, launches = _forward_parts(forward, forward_us, watch)
+    row = _row(name, "forward", forward_us, parts, launches, unfused_forward)
+    yield row | {"no_grad_us": no_grad_us}
     y = forward()
     gradients = torch.randn_like(y)
-    found = _depths(lambda: torch.autograd.grad(y, wanted, gradients), "_backward", launch.backward)
     backward_us = both_us - forward_us
-    op, parts = _op(found, watch)
-    own = {"autograd": backward_us - op} | parts
-    yield _row(name, "backward", backward_us, own, len(found["launch"]), results[Plain][3] - results[Plain][2])
-    yield _row(name, "both", both_us, {}, None, results[Plain][3])
+    parts, launches = _backward_parts(lambda: torch.autograd.grad(y, wanted, gradients), backward_us, watch)
+    yield _row(name, "backward", backward_us, parts, launches, unfused_both - unfused_forward)
+    yield _row(name, "both", both_us, {}, None, unfused_both)
 
 
 def _row(name: str, direction: str, total: float, parts: dict[str, float], launches: int | None, unfused: float) -> Row:
@@ -228,35 +232,34 @@ def parser() -> Parser:
 
 
 def run(arguments) -> int:
-    if functional._INTERPRETED or os.environ.get("TRITON_INTERPRET") == "1":
+    if INTERPRETED or os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET is set, so kernels are interpreted, not launched: unset it")
     device = common.pick_device(arguments.device)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
-    watch = Stopwatch(*((20, 10) if arguments.quick else (150, 10)), device)
+    # Triton warns that a default will change, which is not the default of any kernel here.
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    watch = Stopwatch(*((80, 10) if arguments.quick else (300, 10)), device)
     names = ["BatchNorm2d + relu", "InstanceNorm2d + relu"] if arguments.quick else list(LAYERS)
-    if device.type == "cuda":
+    with launching_nothing() if device.type == "cpu" else nullcontext() as driver:
         found = collect(names, watch, device)
-    else:
-        with launching_nothing():
-            found = collect(names, watch, device)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, found)
-    report(found, device)
+    report(found, driver)
     return 0
 
 
-def report(found: Sequence[Row], device: torch.device) -> None:
+def report(found: Sequence[Row], driver: str | None) -> None:
     def cell(value: object) -> str:
         return "" if value is None else f"{value:.1f}" if isinstance(value, float) else str(value)
 
-    header = ("layer", "", "µs", *PARTS, "launches", "unfused")
+    header = ("layer", "", "µs", *PARTS, "launches", "unfused", "no grad")
     print(table(header, [tuple(cell(row.get(field)) for field in FIELDS) for row in found]))
     print(LEGEND)
-    if device.type == "cpu":
-        print("Here arithmetic is included in the latter, and launches went to a stub driver.")
-    else:
+    if driver is None:
         print("Calls were issued, not waited for.")
+    else:
+        print(f"Unfused includes arithmetic on the CPU. Launches went to {driver}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

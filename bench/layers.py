@@ -1,6 +1,7 @@
 """The same layer twice: as a PyTorch user writes it, and fused. Both have the same ``state_dict``."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -78,20 +79,30 @@ class Plain(_Layer):
         self.inplace = inplace
         self.sides = (padding,) * (2 * dims) if padding else None
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Result:
+    def forward(self, *inputs: Tensor) -> Result:
+        return self.call(*inputs)()
+
+    def call(self, x: Tensor, *rest: Tensor) -> Callable[[], Result]:
+        """The same without this module around it."""
         affine, residual = self._split(rest)
-        y = self.norm(x)
-        if affine:
-            scale, shift = (p.reshape(p.shape + (1,) * (x.dim() - p.dim())) for p in affine)
-            y = y * (1 + scale if self.unit_offset else scale) + shift
-        if residual is not None:
-            y = y.add_(residual) if self.inplace else y + residual
-        if self.activation is not None:
-            y = self.activation(y)
-        if self.sides is None:
-            return y
-        padded = F.pad(y, self.sides, "reflect")
-        return (padded, y) if self.unpadded else padded
+        norm, activation, sides, inplace = self.norm, self.activation, self.sides, self.inplace
+        unit_offset, unpadded = self.unit_offset, self.unpadded
+
+        def call() -> Result:
+            y = norm(x)
+            if affine:
+                scale, shift = (p.reshape(p.shape + (1,) * (x.dim() - p.dim())) for p in affine)
+                y = y * (1 + scale if unit_offset else scale) + shift
+            if residual is not None:
+                y = y.add_(residual) if inplace else y + residual
+            if activation is not None:
+                y = activation(y)
+            if sides is None:
+                return y
+            padded = F.pad(y, sides, "reflect")
+            return (padded, y) if unpadded else padded
+
+        return call
 
 
 class Fused(_Layer):
@@ -105,7 +116,11 @@ class Fused(_Layer):
         fused = {"activation": _activation(activation, slope, False)} | ({"padding": padding} if padding else {})
         self.norm = _norm(tn, kind, channels, dims, affine, groups, form, **fused)
 
-    def forward(self, x: Tensor, *rest: Tensor) -> Result:
+    def forward(self, *inputs: Tensor) -> Result:
+        return self.call(*inputs)()
+
+    def call(self, x: Tensor, *rest: Tensor) -> Callable[[], Result]:
+        """The same without this module around it."""
         affine, residual = self._split(rest)
         # As the adaptive modules call their norm.
         more = dict(zip(("weight", "bias"), affine, strict=False))
@@ -113,7 +128,7 @@ class Fused(_Layer):
             more["unit_offset"] = True
         if self.unpadded:
             more["return_unpadded"] = True
-        return self.norm(x, residual, **more)
+        return partial(self.norm, x, **more) if residual is None else partial(self.norm, x, residual, **more)
 
 
 def build(factory: Factory, shape: Shape, **rest) -> nn.Module:

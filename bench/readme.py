@@ -1,7 +1,8 @@
 """Writes the measured parts of README.md from the committed results. ``python -m bench.readme``.
 
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
-``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``). Nothing is typed by hand.
+``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``), the host's times from
+``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that). Nothing is typed by hand.
 """
 
 import csv
@@ -24,6 +25,9 @@ PICTURES = {
     "scaling.png": "Time against size",
     "memory.png": "Peak memory relative to eager",
 }
+HOST_HEADER = (
+    "layer", "forward, µs", "in launches", "unfused", "under no_grad", "forward and backward, µs", "in launches", "unfused"
+)  # fmt: skip
 TRAFFIC_HEADER = ("shape", "what", "direction", "launches", "bytes per element", "fewest possible", "PyTorch eager")
 
 
@@ -74,6 +78,32 @@ def traffic(results: Path) -> Iterator[str]:
     )
 
 
+def host(results: Path) -> Iterator[str]:
+    """What a call costs the CPU, with each release of Triton."""
+    found = sorted(results.glob("host-triton-*.csv"))
+    if not found:
+        yield "Nothing has been timed yet."
+    for path in found:
+        with path.open() as file:
+            bare, *rows = csv.DictReader(file)
+        launch = float(bare["total_us"])
+        yield ""
+        yield f"**Triton {path.stem.removeprefix('host-triton-')}**: a bare Triton launch takes {launch:.1f} µs."
+        yield ""
+        by_layer: dict[str, dict[str, dict[str, str]]] = {}
+        for row in rows:
+            by_layer.setdefault(row["layer"], {})[row["direction"]] = row
+        yield from markdown(HOST_HEADER, [_host_line(name, of, launch) for name, of in by_layer.items()])
+
+
+def _host_line(name: str, of: dict[str, dict[str, str]], launch: float) -> tuple[str, ...]:
+    def times(row: dict[str, str]) -> tuple[str, str, str]:
+        us = float(row["total_us"])
+        return f"{us:.1f}", f"{us / launch:.1f}", f"{float(row['unfused_us']):.1f}"
+
+    return name, *times(of["forward"]), f"{float(of['forward']['no_grad_us']):.1f}", *times(of["both"])
+
+
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     """``text`` with ``lines`` between the markers of a section."""
     begin, end = BEGIN.format(name), END.format(name)
@@ -100,6 +130,7 @@ def run(arguments) -> int:
         raise UserError(f"cannot read {arguments.readme}: {error.strerror or error}") from error
     text = replaced(old, "times", times(arguments.results, arguments.readme))
     text = replaced(text, "traffic", traffic(arguments.results))
+    text = replaced(text, "host", host(arguments.results))
     if arguments.check:
         if text != old:
             print(f"{arguments.readme} is out of date: run python -m bench.readme", file=sys.stderr)

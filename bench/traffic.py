@@ -19,9 +19,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from triton_norm import functional
+from triton_norm import autotune
 from triton_norm.cli.demo import DTYPES, Progress, table
-from triton_norm.launching import launch
+from triton_norm.geometry import view
+from triton_norm.launching import devices
+from triton_norm.ops.backend import INTERPRETED
+from triton_norm.spec import PER_COLUMN
+from triton_norm.tuning.candidates import Work
 from triton_norm.tuning.plan import Device
 
 from . import common, passes, shapes
@@ -71,16 +75,18 @@ def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
         # Walked in planes; statistics come from a pass of their own.
         kind, reduce = "instance", False
     width = shape.channels // shape.groups if kind == "group" else shape.channels if kind in shapes.ROWS else 0
-    affine = "element" if shape.form == "element" else "column" if kind in launch.PER_COLUMN else "row"
+    affine = "element" if shape.form == "element" else "column" if kind in PER_COLUMN else "row"
+    geometry = view(kind, shape.shape, x.stride(), x.stride(), width)
     return tuple(
-        launch.prepare(kind, x, x, backward, reduce, extra, width, affine)[1].plan.regime for backward in (False, True)
+        Work(geometry, dtype.itemsize, backward, reduce, extra, DEVICE, affine).heuristic().regime
+        for backward in (False, True)
     )
 
 
 def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape:
     """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
     fewest = 32 if shape.layout == "channels_last" else 4
-    if shape.kind in launch.PER_COLUMN:
+    if shape.kind in PER_COLUMN:
         # Only rows may go.
         fewest = shape.shape[1]
     n, c, *spatial = shape.shape
@@ -102,7 +108,7 @@ def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape
 
 def _device_for(shape: Shape, small: Shape) -> Device:
     """Where rows share loads of the weights and sums of gradients, as much of the GPU as is left of them."""
-    if shape.kind not in launch.PER_COLUMN:
+    if shape.kind not in PER_COLUMN:
         return DEVICE
     return replace(DEVICE, multiprocessors=max(DEVICE.multiprocessors * small.elements // shape.elements, 1))
 
@@ -139,15 +145,10 @@ def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, 
 def rows(shape: Shape, dtype_name: str, elements: int = ELEMENTS) -> list[Row]:
     """One row per direction and kernel, and one with the direction's total beside the minimum and eager's bytes."""
     dtype = DTYPES[dtype_name]
-    launch._prepare.cache_clear()
-    try:
-        with mock.patch.object(launch, "_device", lambda index: DEVICE):
-            small = reduced(shape, dtype, elements)
-        launch._prepare.cache_clear()
-        with mock.patch.object(launch, "_device", lambda index: _device_for(shape, small)):
-            found = measure(small, dtype)
-    finally:
-        launch._prepare.cache_clear()
+    small = reduced(shape, dtype, elements)
+    # Within the mode, calls are bound anew.
+    with mock.patch.object(devices, "device", lambda index: _device_for(shape, small)), autotune.mode("0"):
+        found = measure(small, dtype)
     result = []
     for direction, moved in found.items():
         shared = {
@@ -209,7 +210,7 @@ def parser() -> Parser:
 
 
 def run(arguments) -> int:
-    if not functional._INTERPRETED:
+    if not INTERPRETED:
         raise UserError("triton was imported before this script could switch its interpreter on")
     short = not (arguments.all or arguments.groups or arguments.shapes)
     chosen = shapes.select(arguments.groups, arguments.shapes, short)

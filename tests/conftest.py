@@ -5,7 +5,10 @@ Without a GPU the kernels run in Triton's interpreter, which has to be switched 
 """
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -37,3 +40,57 @@ class Backend:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch" if request.param == "torch" else "triton")
     return Backend(request.param, "cuda" if request.param == "cuda" else "cpu")
+
+
+@pytest.fixture
+def anew() -> Iterator[Callable[[], None]]:
+    """Called, it has calls bound anew: plans, and devices to plan for, that a test replaced count from then on.
+
+    What was bound with them is forgotten after the test.
+    """
+    from triton_norm import autotune
+
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(autotune.mode("0"))
+
+
+@pytest.fixture
+def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """A process that has tuned nothing, would, and whose cache directory is new."""
+    from tuned import autotune, forget
+
+    monkeypatch.setenv("TRITON_NORM_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_NORM_AUTOTUNE", raising=False)
+    monkeypatch.delenv("TRITON_NORM_AUTOTUNE_BUDGET", raising=False)
+    monkeypatch.setattr(autotune, "SHIPPED", tmp_path / "shipped")
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture
+def stopwatch(untuned: None, monkeypatch: pytest.MonkeyPatch) -> list:
+    """Makes the interpreter look like a GPU that is measured by running each plan once; lists these plans.
+
+    Every plan is faster than the one before.
+    """
+    from tuned import TARGET
+
+    from triton_norm.launching import devices, tiling
+    from triton_norm.tuning import measure
+
+    plans, on_trial = [], tiling.on_trial
+
+    def listed(problem, plan):
+        plans.append(plan)
+        return on_trial(problem, plan)
+
+    def seconds(call):
+        call()
+        return 1e-6 / len(plans)
+
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    monkeypatch.setattr(devices, "target", lambda index: TARGET)
+    monkeypatch.setattr(tiling, "on_trial", listed)
+    monkeypatch.setattr(measure, "seconds", seconds)
+    return plans

@@ -203,7 +203,7 @@ def call(
         return functional.layer_norm(x, a.normalized_shape, weight, bias, a.eps, **fused)
     fused = {"padding": a.padding, "padding_mode": a.padding_mode, **fused}
     if a.kind == "channels":
-        return functional._channel_norm(x, x.shape[1:2], weight, bias, a.eps, **fused)
+        return functional.channel_norm(x, x.shape[1:2], weight, bias, a.eps, **fused)
     fused["unit_offset"] = a.unit_offset
     if a.kind == "group":
         return functional.group_norm(x, a.num_groups, weight, bias, a.eps, **fused)

@@ -10,57 +10,49 @@ import threading
 import time
 import warnings
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from oracle import Arguments, call
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from tuned import TARGET, file, forget, on_disk
 
 import triton_norm as tn
-from bench.lookup import lookup_us
-from triton_norm.cli import tune
+from triton_norm.cli import tune as cli
 from triton_norm.cli.shapes import LAYOUTS, SHAPES, Case
 from triton_norm.geometry import view
-from triton_norm.launching import launch
+from triton_norm.launching import bound, devices, tiling
 from triton_norm.tuning import autotune, candidates, measure, table
 from triton_norm.tuning.autotune import Problem
 from triton_norm.tuning.candidates import HOPELESS, Work, cost
 from triton_norm.tuning.plan import Device, Plan
 
-TARGET = "Test GPU sm_00, triton 0.0"
+pytestmark = pytest.mark.usefixtures("untuned")
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch, tmp_path):
-    """A process that has tuned nothing, and whose cache directory is new."""
-    monkeypatch.setenv("TRITON_NORM_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.delenv("TRITON_NORM_AUTOTUNE", raising=False)
-    monkeypatch.delenv("TRITON_NORM_AUTOTUNE_BUDGET", raising=False)
-    monkeypatch.setattr(autotune, "SHIPPED", tmp_path / "shipped")
-    forget()
-    yield
-    forget()
-
-
-def forget():
-    """What a new process knows."""
-    autotune._state = autotune._State()
-    autotune._warned.clear()
-    autotune._changed()
+def by_the_book(request, monkeypatch):
+    """What is measured says itself how long it takes."""
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(measure, "seconds", lambda call: call())
 
 
 class Clock:
-    """Measures by the book: ``times`` maps a plan to seconds or to what is raised, others take a second."""
+    """A problem's scratch: ``times`` maps a plan to seconds or to what is raised, others take a second."""
 
     def __init__(self, times=None):
         self.times = times or {}
         self.calls = Counter()
 
-    def __call__(self):
-        return self.measure
+    def __call__(self, problem):
+        return lambda plan: partial(self.measure, plan)
 
     def measure(self, plan):
         self.calls[plan] += 1
@@ -85,19 +77,15 @@ def work(kind="instance", shape=(1, 256, 64, 64), layout="contiguous", backward=
 
 def problem(**arguments) -> Problem:
     w = work(**arguments)
-    return Problem(w, autotune.key("instance", "float16", w), TARGET, None, ())
+    return Problem(w, autotune.key("instance", "float16", w), TARGET, None, None, None)
+
+
+def tune(p: Problem, scratch) -> None:
+    autotune.tune(replace(p, scratch=scratch))
 
 
 def options(p: Problem, most=4) -> list[Plan]:
     return candidates.candidates(p.work, most)
-
-
-def file() -> Path:
-    return autotune.path()
-
-
-def on_disk() -> dict:
-    return table.read(file()).get(TARGET, {})
 
 
 def seen_by_kernels(case: Case) -> tuple:
@@ -196,8 +184,8 @@ def test_picks_the_fastest_measures_each_once_and_remembers(name, most):
     clock = Clock({plan: 1e-6 * (5 + index) for index, plan in enumerate(plans)} | {plans[2]: 2e-6})
     with autotune.mode(name):
         assert autotune.find(p) == (plans[0], True)
-        autotune.tune(p, clock)
-        autotune.tune(p, clock)
+        tune(p, clock)
+        tune(p, clock)
         assert clock.calls == Counter(plans)
         assert autotune.find(p) == (plans[2], False)
     assert on_disk() == {p.key: table.Entry(plans[2], pytest.approx(2.0), pytest.approx(5.0), most, name == "full")}
@@ -205,17 +193,17 @@ def test_picks_the_fastest_measures_each_once_and_remembers(name, most):
 
 def test_ties_stay_with_the_heuristic():
     p = problem()
-    autotune.tune(p, Clock())
+    tune(p, Clock())
     assert autotune.find(p) == (p.work.heuristic(), False)
 
 
 def test_full_search_replaces_a_quick_one_and_not_the_other_way_round():
     p = problem()
     quick, full = options(p)[3], options(p, 12)[11]
-    autotune.tune(p, Clock({quick: 0.5}))
+    tune(p, Clock({quick: 0.5}))
     with autotune.mode("full"):
         assert autotune.find(p) == (quick, True)
-        autotune.tune(p, Clock({full: 0.1}))
+        tune(p, Clock({full: 0.1}))
     assert autotune.find(p) == (full, False)
     table.update(file(), {TARGET: {p.key: table.Entry(quick, 1.0, 1.0, 4, False)}})
     assert on_disk()[p.key].plan == full
@@ -225,7 +213,7 @@ def test_dropped_candidates():
     p = problem()
     plans = options(p)
     clock = Clock({plans[0]: RuntimeError("out of resource: shared memory"), plans[1]: ZeroDivisionError()})
-    autotune.tune(p, clock)
+    tune(p, clock)
     assert autotune.find(p) == (plans[2], False)
     assert on_disk()[p.key] == table.Entry(plans[2], 1e6, None, 2, False)
 
@@ -236,12 +224,12 @@ def test_nothing_that_runs_leaves_the_heuristic_and_is_not_tried_again(where):
     clock = Clock({plan: RuntimeError() for plan in options(p)})
     tries = []
 
-    def no_room():
+    def no_room(problem):
         tries.append(1)
         raise torch.OutOfMemoryError
 
     for _ in range(2):
-        autotune.tune(p, clock if where == "candidates" else no_room)
+        tune(p, clock if where == "candidates" else no_room)
         assert autotune.find(p) == (p.work.heuristic(), False)
     assert len(tries) + clock.calls.total() == (1 if where == "scratch" else 4)
     assert not file().exists()
@@ -250,7 +238,7 @@ def test_nothing_that_runs_leaves_the_heuristic_and_is_not_tried_again(where):
 def test_interrupt_is_not_swallowed():
     p = problem()
     with pytest.raises(KeyboardInterrupt):
-        autotune.tune(p, Clock({options(p)[1]: KeyboardInterrupt()}))
+        tune(p, Clock({options(p)[1]: KeyboardInterrupt()}))
     assert autotune.find(p)[1]
 
 
@@ -263,7 +251,7 @@ def test_two_threads_measure_once():
             return super().measure(plan)
 
     clock = Slow()
-    threads = [threading.Thread(target=autotune.tune, args=(p, clock)) for _ in range(4)]
+    threads = [threading.Thread(target=tune, args=(p, clock)) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -271,8 +259,8 @@ def test_two_threads_measure_once():
     assert set(clock.calls.values()) == {1}
 
 
-# Without torch a process starts at once; what these run is pure Python.
-WITHOUT_TORCH = """
+# What these processes run needs none of the rest of the package.
+ALONE = """
 import sys, types
 package = sys.modules["triton_norm"] = types.ModuleType("triton_norm")
 package.__path__ = ["triton_norm"]
@@ -284,20 +272,20 @@ from triton_norm.geometry import view
 from triton_norm.tuning.plan import Device
 at = (256 * 64 * 64, 64 * 64, 64, 1)
 work = Work(view("instance", (1, 256, 64, 64), at, at), 2, False, True, "none", Device())
-problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, ())
 calls = []
-def measure(plan):
-    calls.append(plan)
-    return 1 / len(calls)
+def scratch(problem):
+    return lambda plan: lambda: calls.append(plan) or 1 / len(calls)
+autotune.measure.seconds = lambda call: call()
+problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, None, scratch)
 plan, untuned = autotune.find(problem)
 if untuned:
-    autotune.tune(problem, lambda: measure)
+    autotune.tune(problem)
 print(len(calls), autotune.find(problem)[0] == candidates(work, 4)[3])
 """
 
 
 def test_a_second_process_measures_nothing():
-    run = [sys.executable, "-c", WITHOUT_TORCH + PROCESS]
+    run = [sys.executable, "-c", ALONE + PROCESS]
     first, second = (subprocess.run(run, capture_output=True, text=True, check=True).stdout.split() for _ in range(2))
     assert first == ["4", "True"]
     assert second == ["0", "True"]
@@ -305,10 +293,10 @@ def test_a_second_process_measures_nothing():
 
 def test_what_another_process_tunes_meanwhile_is_not_measured_again():
     p, clock = problem(), Clock()
-    autotune.tune(problem(shape=(2, 8, 64, 64)), Clock())
+    tune(problem(shape=(2, 8, 64, 64)), Clock())
     other = options(p)[3]
     table.update(file(), {TARGET: {p.key: table.Entry(other, 1.0, 2.0, 4, False)}})
-    autotune.tune(p, clock)
+    tune(p, clock)
     assert not clock.calls
     assert autotune.find(p) == (other, False)
 
@@ -328,7 +316,7 @@ for round in range(100):
 
 def test_two_processes_writing_at_once_lose_nothing():
     names = ("one", "two")
-    code = WITHOUT_TORCH + WRITER
+    code = ALONE + WRITER
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", code, str(file()), name], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -359,10 +347,10 @@ def test_a_lock_that_is_never_released_is_not_waited_for(monkeypatch):
         fcntl.flock(held, fcntl.LOCK_EX)
         start = time.monotonic()
         with pytest.warns(RuntimeWarning, match="in memory only: .* was held for more than 0.05 s"):
-            autotune.tune(problem(), Clock())
+            tune(problem(), Clock())
         assert time.monotonic() - start < 4
         monkeypatch.setattr(table, "lock", lambda path: pytest.fail("tried again"))
-        autotune.tune(problem(backward=True), Clock())
+        tune(problem(backward=True), Clock())
     assert not autotune.find(problem())[1]
 
 
@@ -388,8 +376,8 @@ def test_a_corrupt_or_foreign_file_is_set_aside_with_one_warning(content, reason
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         assert autotune.find(problem())[1]
-        autotune.tune(problem(), Clock())
-        autotune.tune(problem(backward=True), Clock())
+        tune(problem(), Clock())
+        tune(problem(backward=True), Clock())
     (warning,) = caught
     assert f"set {file()} aside as {file().name}.bad and starts a new table: " in str(warning.message)
     assert reason in str(warning.message)
@@ -399,10 +387,10 @@ def test_a_corrupt_or_foreign_file_is_set_aside_with_one_warning(content, reason
 
 
 def test_a_file_that_goes_bad_while_the_process_runs():
-    autotune.tune(problem(), Clock())
+    tune(problem(), Clock())
     file().write_text("rubbish")
     with pytest.warns(RuntimeWarning, match="aside"):
-        autotune.tune(problem(backward=True), Clock())
+        tune(problem(backward=True), Clock())
     assert not autotune.find(problem())[1]
     assert problem(backward=True).key in on_disk()
 
@@ -424,7 +412,7 @@ def test_a_table_that_cannot_be_written_stays_in_memory_with_one_warning(trouble
         for _ in range(2):
             for backward, clock in zip((False, True), clocks, strict=True):
                 p = problem(backward=backward)
-                autotune.tune(p, clock)
+                tune(p, clock)
                 assert not autotune.find(p)[1]
     (warning,) = caught
     assert str(warning.message).startswith("triton_norm keeps what it tunes in memory only: ")
@@ -445,14 +433,14 @@ def test_the_budget_ends_tuning_with_one_line(monkeypatch):
     slow = Slow({options(first)[1]: 0.5})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        autotune.tune(first, slow)
+        tune(first, slow)
         # Cut short: the best so far serves this process, and the next one searches again.
         assert slow.calls.total() == 2
         assert autotune.find(first) == (options(first)[1], False)
         assert not file().exists()
         for p in (second, third):
             assert autotune.find(p) == (p.work.heuristic(), False)
-            autotune.tune(p, slow)
+            tune(p, slow)
     assert slow.calls.total() == 2
     (warning,) = caught
     assert "python -m triton_norm tune" in str(warning.message)
@@ -464,7 +452,7 @@ def test_the_budget_ends_tuning_with_one_line(monkeypatch):
 
 def test_mode_off_neither_measures_nor_reads():
     p = problem()
-    autotune.tune(p, Clock({options(p)[1]: 0.1}))
+    tune(p, Clock({options(p)[1]: 0.1}))
     with autotune.mode("0"):
         assert autotune.find(p) == (p.work.heuristic(), False)
     assert autotune.find(p) == (options(p)[1], False)
@@ -521,7 +509,7 @@ def test_keys_tell_apart_what_runs_differently():
 
 def test_clear_export_load(tmp_path):
     p, best = problem(), options(problem())[1]
-    autotune.tune(p, Clock({best: 0.1}))
+    tune(p, Clock({best: 0.1}))
     autotune.export(tmp_path / "all.json")
     autotune.export(tmp_path / "none.json", "another GPU")
     tn.autotune.clear()
@@ -540,11 +528,11 @@ def test_load_comes_first_and_full_tuning_before_it(tmp_path):
     p = problem()
     plans = options(p, 12)
     table.write(tmp_path / "given.json", {TARGET: {p.key: table.Entry(plans[3], 1.0, 2.0, 4, False)}})
-    autotune.tune(p, Clock({plans[1]: 0.1}))
+    tune(p, Clock({plans[1]: 0.1}))
     autotune.load(tmp_path / "given.json")
     assert autotune.find(p) == (plans[3], False)
     with autotune.mode("full"):
-        autotune.tune(p, Clock({plans[5]: 0.1}))
+        tune(p, Clock({plans[5]: 0.1}))
     assert autotune.find(p) == (plans[5], False)
 
 
@@ -584,22 +572,6 @@ def test_an_entry_that_would_give_wrong_numbers_is_ignored():
 # The rest runs the kernels: on a machine without a GPU in the interpreter, as if that were one.
 
 
-@pytest.fixture
-def stopwatch(monkeypatch):
-    """Makes the interpreter look like a GPU that is measured by running each plan once; counts the plans."""
-    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
-    monkeypatch.setattr(launch, "_target", lambda index: TARGET)
-    calls = []
-
-    def seconds(call):
-        call()
-        calls.append(measure.trial.plan)
-        return 1e-6 / len(calls)
-
-    monkeypatch.setattr(measure, "seconds", seconds)
-    return calls
-
-
 def norm(kind="instance", x=None, **keywords):
     x = torch.randn(2, 3, 8, 8) if x is None else x
     function = {"instance": tn.functional.instance_norm, "batch": tn.functional.batch_norm}[kind]
@@ -608,23 +580,34 @@ def norm(kind="instance", x=None, **keywords):
 
 def test_the_first_call_tunes_and_later_ones_do_not(stopwatch):
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    norm(x=x).sum().backward()
+    with autotune.recording() as met:
+        norm(x=x).sum().backward()
     count = len(stopwatch)
-    assert {entry.plan for entry in on_disk().values()} <= set(stopwatch)
     assert len(on_disk()) == 2
-    plans = [launch.prepare("instance", x, x, backward, True, "none")[1].plan for backward in (False, True)]
+    forward, backward = met.values()
     # The last one measured is the fastest by this stopwatch, forward first.
-    assert plans[1] == stopwatch[-1]
-    assert plans[0] in stopwatch
+    assert autotune.find(backward)[0] == stopwatch[-1]
+    assert autotune.find(forward)[0] in stopwatch[:-1]
     norm(x=x).sum().backward()
     assert len(stopwatch) == count
     with autotune.mode("0"):
         norm(x=x).sum().backward()
-        assert launch.prepare("instance", x, x, False, True, "none")[1].plan != plans[0]
+        assert autotune.find(forward)[0] == forward.work.heuristic() != stopwatch[-1]
     assert len(stopwatch) == count
     autotune.clear()
     norm(x=x)
     assert len(stopwatch) > count
+
+
+def test_a_call_that_was_met_asks_for_no_plan(stopwatch, monkeypatch):
+    """Tuned or not, finding a plan costs nothing once a call is bound: at the second, where the first one tunes."""
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    for mode in ("0", "1"):
+        with autotune.mode(mode), monkeypatch.context() as patch:
+            for _ in range(2):
+                norm(x=x).sum().backward()
+            patch.setattr(autotune, "find", lambda problem: pytest.fail("asked"))
+            norm(x=x).sum().backward()
 
 
 def test_tuning_changes_nothing_of_the_users(stopwatch):
@@ -647,30 +630,47 @@ def test_tuning_changes_nothing_of_the_users(stopwatch):
         assert torch.equal(tuned[index], plain[index])
 
 
+@pytest.fixture
+def tried(stopwatch, monkeypatch):
+    """Lists the problems that measured calls look up their plans for."""
+    problems, on_trial = [], tiling.on_trial
+
+    def listed(problem, plan):
+        planner = on_trial(problem, plan)
+        return lambda other: problems.append(other) or planner(other)
+
+    monkeypatch.setattr(tiling, "on_trial", listed)
+    return problems
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
 @pytest.mark.parametrize(
     ("backward", "extra"), [(False, "none"), (False, "residual"), (True, "none"), (True, "residual"), (True, "bits")]
 )
 @pytest.mark.parametrize("reduce", [False, True])
 @pytest.mark.parametrize("kind", ["batch", "instance"])
-def test_what_is_measured_is_the_problem_itself(stopwatch, kind, reduce, backward, extra, layout):
-    x = torch.empty(2, 3, 8, 8)
-    x = {"contiguous": x, "channels_last": channels_last(x), "cropped": x[:, :, 1:, :]}[layout]
+def test_what_is_measured_is_the_problem_itself(stopwatch, tried, kind, reduce, backward, extra, layout):
+    x = torch.randn(2, 3, 8, 8)
+    x = {"contiguous": x, "channels_last": channels_last(x), "cropped": x[:, :, 1:, :]}[layout].requires_grad_()
+    running = {"running_mean": torch.zeros(3), "running_var": torch.ones(3)}
+    mode = {"batch": {"training": reduce}, "instance": {"use_input_stats": reduce}}[kind]
+    residual = None if extra == "none" else torch.randn_like(x)
     with autotune.mode("0"), autotune.recording() as met:
-        launch.prepare(kind, x, torch.empty_like(x), backward, reduce, extra)
-    (p,) = met.values()
+        y = norm(kind, x, residual=residual, activation="relu" if extra == "bits" else "silu", **running, **mode)
+        y.sum().backward()
+    (p,) = (p for p in met.values() if p.work.backward == backward)
+    # Of an input that lies unlike the result no bits are kept.
+    assert (p.work.reduce, p.work.extra) == (reduce, "residual" if (extra, layout) == ("bits", "cropped") else extra)
     for _ in range(2):
-        with autotune.recording() as met:
-            measure.measurer(p, launch.forward, launch.backward)(p.work.heuristic())
-        assert list(met.values()) == [p]
+        assert measure.measurer(p)(p.work.heuristic()) > 0
+    assert tried == [p, p]
     assert stopwatch == [p.work.heuristic()] * 2
-    assert measure.trial.plan is None
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("shape, padding", [((2, 3, 8, 8), 1), ((1, 2, 8), 3), ((2, 3, 4, 8), (2, 1, 0, 3))], ids=str)
 @pytest.mark.parametrize("kind", ["batch", "instance"])
-def test_padded_problems_are_measured_padded(stopwatch, kind, shape, padding, layout):
+def test_padded_problems_are_measured_padded(tried, kind, shape, padding, layout):
     x = torch.randn(shape)
     if layout == "channels_last" and x.dim() == 4:
         x = channels_last(x)
@@ -678,12 +678,12 @@ def test_padded_problems_are_measured_padded(stopwatch, kind, shape, padding, la
     keywords = {"running_mean": None, "running_var": None, "training": True} if kind == "batch" else {}
     with autotune.mode("0"), autotune.recording() as found:
         norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
-    planes = [p for p in found.values() if p.arguments[0] == "planes"]
+    planes = [p for p in found.values() if p.walked.kind == "planes"]
     assert [p.work.backward for p in planes] == [False, True]
     for p in found.values():
-        with autotune.recording() as met:
-            measure.measurer(p, launch.forward, launch.backward)(p.work.heuristic())
-        assert p in met.values()
+        tried.clear()
+        measure.measurer(p)(p.work.heuristic())
+        assert p in tried
     norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
     assert len(on_disk()) == len(found)
     assert not autotune._state.closed
@@ -700,99 +700,69 @@ LONG = {"contiguous": (1, 2, 40, 64), "channels_last": (1, 3, 48, 64), "odd": (2
 @pytest.mark.parametrize(
     "kind, layout", [*product(("batch", "instance", "group", "element"), LONG), ("layer", "rows"), ("rms", "rows")]
 )
-def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeypatch):
+def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeypatch, tmp_path):
     torch.manual_seed(0)
     x, r, dy = (torch.randn(LONG.get(layout, (2, 2100))) for _ in range(3))
     if layout == "channels_last":
         x, r, dy = map(channels_last, (x, r, dy))
-    width = x.shape[1] if kind in ("group", "layer", "rms") else 0
-    weight, bias = torch.randn(2, x.shape[1])
+    more = {"group": {"num_groups": 1}, "layer": {"normalized_shape": (2100,)}, "rms": {"normalized_shape": (2100,)}}
+    a = Arguments(kind, x, *torch.randn(2, x.shape[1]), activation="relu", **more.get(kind, {}))
     if kind == "element":
-        kind, weight, bias = "instance", torch.randn_like(x), torch.randn_like(x)
-    keep_bits = bool(launch._bits(x, x, kind, width, []))
+        a.kind, a.weight, a.bias = "instance", torch.randn_like(x), torch.randn_like(x)
+    leaves = [t.requires_grad_() for t in (x, a.weight, *([] if kind == "rms" else [a.bias]), r)]
 
-    def forward():
-        return launch.forward(
-            x, weight, bias, r, None, None, None, None, None,
-            kind, width, 0.1, 1e-5, 0, False, "relu", [], keep_bits, [], "reflect", False,
-        )  # fmt: skip
+    def step():
+        y = call(a, x, weight=a.weight, bias=a.bias, residual=r)
+        return y, *torch.autograd.grad(y, leaves, dy)
 
-    with autotune.mode("0"):
-        _, statistics, bits, _ = forward()
-
-    def backward():
-        return launch.backward(
-            dy, None, x, weight, bias, None if keep_bits else r, None, None, None,
-            statistics, bits if keep_bits else None, kind, width, 1e-5, 0, False, "relu", [], [], "reflect",
-            [True, True, True, True, False],
-        )  # fmt: skip
-
-    monkeypatch.setattr(launch, "tune", lambda problem: None)
     # One that splitting rows is worth while for.
-    monkeypatch.setattr(launch, "_device", lambda index: Device())
-    launch._prepare.cache_clear()
-    used, prepare = [], launch.prepare
-
-    def spy(*arguments):
-        x, at = prepare(*arguments)
-        used.append(at.plan)
-        return x, at
-
-    monkeypatch.setattr(launch, "prepare", spy)
+    monkeypatch.setattr(devices, "device", lambda index: Device())
+    with autotune.mode("0"), autotune.recording() as met:
+        want = step()
     splits = 0
-    for call in (forward, backward):
-        with autotune.mode("0"), autotune.recording() as met:
-            want = call()
-        (p,) = met.values()
+    for p in met.values():
         for plan in candidates.candidates(p.work, 8)[1:]:
-            monkeypatch.setattr(measure.trial, "problem", p)
-            monkeypatch.setattr(measure.trial, "plan", plan)
-            for got, expected in zip(call(), want, strict=True):
-                torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
-            assert used[-1] == plan
+            plans = {q.key: q.work.heuristic() for q in met.values()} | {p.key: plan}
+            entries = {key: table.Entry(chosen, 1.0, 1.0, 1, True) for key, chosen in plans.items()}
+            table.write(tmp_path / "chosen.json", {TARGET: entries})
+            autotune.load(tmp_path / "chosen.json")
+            with autotune.recording() as found:
+                for got, expected in zip(step(), want, strict=True):
+                    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+            assert found.keys() == met.keys() and autotune.find(p) == (plan, False)
             splits = max(splits, plan.splits)
-    monkeypatch.setattr(measure.trial, "plan", None)
-    monkeypatch.setattr(measure.trial, "problem", None)
-    launch._prepare.cache_clear()
     assert splits > 1
+    assert not stopwatch
 
 
 def test_silent_on_the_cpu_and_in_the_interpreter(monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
-    monkeypatch.setattr(launch, "tune", lambda problem: pytest.fail("tuned"))
+    monkeypatch.setattr(autotune, "tune", lambda problem: pytest.fail("tuned"))
     with autotune.recording() as met:
         norm()
     assert [p.target for p in met.values()] == [None]
     # A GPU's tensors in the interpreter.
-    launch._target.cache_clear()
-    assert launch._target(0) is None
-    launch._target.cache_clear()
+    devices.target.cache_clear()
+    assert devices.target(0) is None
+    devices.target.cache_clear()
     assert not file().parent.exists()
 
 
-def test_silent_while_a_graph_is_captured(stopwatch, monkeypatch):
+def test_silent_while_a_graph_is_captured(monkeypatch):
     capturing = True
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    monkeypatch.setattr(measure, "on", lambda device: warnings.catch_warnings())
-    monkeypatch.setattr(launch, "_device", lambda index: Device(4, 32))
-
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-        def get_device(self):
-            return 0
-
-    x = torch.randn(2, 3, 8, 8)
-    seen = x.as_subclass(OnGpu)
-    monkeypatch.setattr(measure, "scratch_call", lambda *_: lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    clock, kept = Clock(), []
+    p = replace(problem(), device=0, scratch=clock)
     for _ in range(2):
-        _, at = launch.prepare("instance", seen, x, False, True, "none")
-        assert at.plan == at.untuned.work.heuristic()
-    assert not stopwatch
+        assert bound.bound(lambda plans: plans(p), kept.append) == p.work.heuristic()
+    assert not clock.calls and not kept
     capturing = False
-    _, at = launch.prepare("instance", seen, x, False, True, "none")
-    assert at.untuned is None
-    assert len(stopwatch) > 1
+    plan = bound.bound(lambda plans: plans(p), kept.append)
+    assert clock.calls.total() > 1
+    # What was bound while its plan was measured is bound once more.
+    assert bound.bound(lambda plans: plans(p), kept.append) == plan
+    assert kept == [plan]
 
 
 def test_silent_under_fake_tensors_and_while_compiling(stopwatch, monkeypatch):
@@ -830,18 +800,11 @@ def test_entries_are_readable_json(stopwatch):
     assert entry["plan"]["regime"] in ("persistent", "split")
 
 
-def test_the_look_up_is_measured_in_a_script():
-    found = lookup_us(number=10, repeat=1)
-    assert list(found) == ["heuristic", "tuned", "tuned, first call of a shape"]
-    assert all(us > 0 for us in found.values())
-    assert not file().exists()
-
-
 # On a GPU, measured for real.
 
 
 def on_gpu(case, dtype=torch.float16):
-    tune.run_case(case, dtype, torch.device("cuda", torch.cuda.current_device()))
+    cli.run_case(case, dtype, torch.device("cuda", torch.cuda.current_device()))
 
 
 @pytest.mark.gpu
@@ -870,16 +833,13 @@ def test_gpu_tuned_is_never_slower_than_the_heuristic(name, monkeypatch):
             on_gpu(case)
     with autotune.mode("1", budget=math.inf):
         for p in met.values():
-            launch.tune(p)
+            autotune.tune(p)
     found = {p: autotune.find(p) for p in met.values()}
     assert not any(untuned for _, untuned in found.values())
-    # Whatever is on trial runs, tuned or not.
-    monkeypatch.setattr(autotune, "find", lambda q: (q.work.heuristic(), True))
-    autotune._changed()
     slower = []
     for p, (chosen, _) in found.items():
         if chosen != p.work.heuristic():
-            seconds = measure.measurer(p, launch.forward, launch.backward)
+            seconds = measure.measurer(p)
             tuned, heuristic = (min(seconds(plan) for _ in range(3)) for plan in (chosen, p.work.heuristic()))
             if tuned > 1.03 * heuristic:
                 slower.append(f"{p.key}: {tuned * 1e6:.1f} µs against {heuristic * 1e6:.1f} µs")

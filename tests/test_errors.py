@@ -13,6 +13,7 @@ from torch import nn
 
 import triton_norm as tn
 from triton_norm import functional
+from triton_norm.ops import backend as backends
 
 KINDS = ("batch", "instance")
 OURS = {"batch": functional.batch_norm, "instance": functional.instance_norm}
@@ -403,17 +404,18 @@ def test_module_state_is_unchanged_after_an_error(backend, name, change):
         assert torch.equal(value, before[key]), key
 
 
-def test_backend_variable(monkeypatch):
+def test_backend_variable(monkeypatch, anew):
     x = torch.randn(2, 3, 4)
     for value in ("cuda", "", "Triton"):
         monkeypatch.setenv("TRITON_NORM_BACKEND", value)
         with pytest.raises(ValueError, match=f"TRITON_NORM_BACKEND must be 'torch' or 'triton', but got '{value}'"):
             functional.instance_norm(x)
     monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
-    monkeypatch.setattr(functional, "_INTERPRETED", False)
+    monkeypatch.setattr(backends, "INTERPRETED", False)
+    anew()
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
         functional.instance_norm(x)
-    monkeypatch.setattr(functional, "AVAILABLE", False)
+    monkeypatch.setattr(backends, "AVAILABLE", False)
     with pytest.raises(RuntimeError, match="triton is not installed"):
         functional.instance_norm(x)
 
@@ -425,9 +427,11 @@ CHOICES = [({}, "torch"), ({"TRITON_INTERPRET": "1"}, "triton"), ({"TRITON_INTER
 @pytest.mark.parametrize("variables, choice", CHOICES, ids=str)
 def test_backend_of_a_cpu_tensor(variables, choice):
     code = """
-import sys, torch, triton_norm.functional as f
-y = f.instance_norm(torch.randn(2, 3, 4))
-print(f._backend(y), f._backend(y.to("meta")), "triton_norm.autograd" in sys.modules)
+import sys, torch
+from triton_norm import functional
+from triton_norm.ops import backend
+y = functional.instance_norm(torch.randn(2, 3, 4))
+print(backend.of(y), backend.of(y.to("meta")), "triton_norm.ops.autograd" in sys.modules)
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")} | variables
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)

@@ -13,6 +13,8 @@ from torch import nn
 
 import triton_norm as tn
 from triton_norm import functional
+from triton_norm.ops import call as calls
+from triton_norm.ops.checks import matched
 
 #: What ``arguments`` takes: kinds beside batch and instance norm, with one number per channel.
 NEW = {
@@ -78,7 +80,7 @@ def test_weight_and_bias_of_different_forms(backend, kind, weight_shape, bias_sh
 def test_wide_weight_and_bias_of_different_dtypes(backend):
     a = made("instance sample", backend, dtype=torch.bfloat16)
     a.weight = a.weight.float()
-    assert {p.dtype for p in functional._check_wide(a.x, a.weight, a.bias)} == {torch.float32}
+    assert {p.dtype for p in matched(a.x, a.weight, a.bias)} == {torch.float32}
     got = check(a)
     assert got.gradients["weight"].dtype == torch.float32 and got.gradients["bias"].dtype == torch.bfloat16
 
@@ -394,10 +396,10 @@ def test_autocast(backend, case, dtype):
 
 
 @pytest.mark.parametrize("case", [*NEW, "group sample"])
-def test_autocast_that_lists_the_norm(backend, case, monkeypatch):
+def test_autocast_that_lists_the_norm(backend, case, monkeypatch, anew):
     """As on CUDA, where layer and group norm compute in float32; parameters and residual follow."""
-    monkeypatch.setattr(functional, "_listed_for_float32", lambda kind, device: True)
-    monkeypatch.setattr(functional, "_remembered", lambda kind, device: True)
+    monkeypatch.setattr(calls, "_runs_in_float32", lambda kind, device: torch.is_autocast_enabled(device))
+    anew()
     a = made(case, backend, dtype=torch.bfloat16, residual=True, activation="silu")
     leaves = [t.requires_grad_() for t in (a.x, a.weight, a.residual)]
     with torch.autocast(backend.device, torch.bfloat16):

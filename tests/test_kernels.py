@@ -8,7 +8,6 @@ from oracle import arguments, assert_close, check
 from torch import nn
 
 import triton_norm as tn
-from triton_norm.launching import launch
 from triton_norm.tuning import plan
 from triton_norm.tuning.plan import Plan, cdiv, power_of_2
 
@@ -48,7 +47,7 @@ PLANS = {
 
 
 @pytest.fixture
-def force(monkeypatch):
+def force(monkeypatch, anew):
     """Makes every launch use one plan; ``inline`` False has partial results combined in a launch of their own."""
 
     def apply(choose, inline=True):
@@ -62,10 +61,9 @@ def force(monkeypatch):
 
         monkeypatch.setattr(plan, "choose", forced)
         monkeypatch.setattr(plan, "INLINE_PARTIALS", 2**30 if inline else 0)
-        launch._prepare.cache_clear()
+        anew()
 
-    yield apply
-    launch._prepare.cache_clear()
+    return apply
 
 
 @pytest.fixture

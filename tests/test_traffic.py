@@ -5,7 +5,7 @@ import torch
 
 import triton_norm as tn
 from bench.counting import counting
-from triton_norm.launching import launch
+from triton_norm.launching import devices
 from triton_norm.tuning.plan import Device
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -65,17 +65,14 @@ def test_batch_norm(shape, layout):
     assert backward <= 10.5 and backward_launches <= 3
 
 
-def test_batch_norm_as_a_large_gpu_splits_it(monkeypatch):
+def test_batch_norm_as_a_large_gpu_splits_it(monkeypatch, anew):
     """More programs share a row than one program combines on its own: partial results are summed by a launch."""
-    monkeypatch.setattr(launch, "_device", lambda index: Device())
-    launch._prepare.cache_clear()
-    try:
-        module = tn.BatchNorm2d(32, activation="relu")
-        (forward, launches), (backward, backward_launches) = measure(
-            module, (8, 32, 56, 56), "channels_last", residual=True
-        )
-    finally:
-        launch._prepare.cache_clear()
+    monkeypatch.setattr(devices, "device", lambda index: Device())
+    anew()
+    module = tn.BatchNorm2d(32, activation="relu")
+    (forward, launches), (backward, backward_launches) = measure(
+        module, (8, 32, 56, 56), "channels_last", residual=True
+    )
     assert forward <= 8.45 and launches <= 3
     assert backward <= 12.7 and backward_launches <= 3
 
@@ -101,13 +98,10 @@ def test_rows(norm, parameters, rows):
         assert forward <= 4.2 and backward <= 6.4
 
 
-def test_rows_as_a_large_gpu_walks_them(monkeypatch):
-    monkeypatch.setattr(launch, "_device", lambda index: Device(multiprocessors=2))
-    launch._prepare.cache_clear()
-    try:
-        (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm(1024), (512, 1024))
-    finally:
-        launch._prepare.cache_clear()
+def test_rows_as_a_large_gpu_walks_them(monkeypatch, anew):
+    monkeypatch.setattr(devices, "device", lambda index: Device(multiprocessors=2))
+    anew()
+    (forward, launches), (backward, backward_launches) = measure(tn.LayerNorm(1024), (512, 1024))
     assert forward <= 4.2 and launches == 1
     assert backward <= 6.4 and backward_launches == 2
 

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_autotune import TARGET, fresh, stopwatch  # noqa: F401  (fixtures)
+from tuned import TARGET
 
 from triton_norm.__main__ import main
 from triton_norm.cli import info, shapes, tune
 from triton_norm.cli.shapes import SHAPES, Case
-from triton_norm.launching import launch
-from triton_norm.tuning import autotune, table
+from triton_norm.tuning import autotune, measure, table
 
 MODEL = """
 import torch
@@ -53,7 +52,7 @@ number = 3
 
 
 @pytest.fixture
-def gpu(stopwatch, monkeypatch, tmp_path):  # noqa: F811
+def gpu(stopwatch, monkeypatch, tmp_path):
     """The interpreter as the GPU, and a module of models in the current directory."""
     monkeypatch.setattr(tune, "gpu", lambda: torch.device("cpu"))
     monkeypatch.chdir(tmp_path)
@@ -154,7 +153,7 @@ def test_a_model_of_every_norm(gpu, capsys):
 
 
 def test_a_problem_that_no_plan_solves_is_a_line_of_the_table(gpu, monkeypatch, capsys):
-    monkeypatch.setattr(launch.measure, "seconds", lambda call: 1 / 0)
+    monkeypatch.setattr(measure, "seconds", lambda call: 1 / 0)
     assert main(["tune", "--shapes", "shapes.txt"]) == 0
     assert capsys.readouterr().out.count("no plan ran") == 4
 

@@ -121,6 +121,13 @@ for _name, _row in ACTIVATIONS.items():
     if _row.module is not None:
         _BY_CLASS.setdefault(_row.module, []).append(_name)
 
+#: Classes whose instances are all alike.
+_BY_PLAIN_CLASS = {
+    cls: Resolved(names[0])
+    for cls, names in _BY_CLASS.items()
+    if len(names) == 1 and not ACTIVATIONS[names[0]].parameters and names[0] != "prelu"
+}
+
 
 def resolve(activation: None | str | nn.Module) -> Resolved:
     """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
@@ -133,6 +140,8 @@ def resolve(activation: None | str | nn.Module) -> Resolved:
     if isinstance(activation, str):
         if activation in _BY_NAME:
             return _BY_NAME[activation]
+    elif type(activation) in _BY_PLAIN_CLASS:
+        return _BY_PLAIN_CLASS[type(activation)]
     else:
         for name in _BY_CLASS.get(type(activation), ()):
             row = ACTIVATIONS[name]

@@ -12,8 +12,9 @@
 | "rms"      | any              | the same, and only a mean square: nothing is centered | normalized_shape   |
 """
 
-import json
+import ast
 import math
+import operator
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -75,12 +76,27 @@ class Spec(NamedTuple):
 
     def text(self) -> str:
         """What ``read`` reads: an operator's argument, also in programs that are saved and loaded elsewhere."""
-        return json.dumps(self)
+        return repr(tuple([_spelled(field) for field in self]))
 
     @staticmethod
     @lru_cache(maxsize=4096)
     def read(text: str) -> "Spec":
-        return Spec(*(tuple(field) if isinstance(field, list) else field for field in json.loads(text)))
+        spec = Spec(*ast.literal_eval(text))
+        momentum, eps, *parameters = map(_number, (spec.momentum, spec.eps, *spec.parameters))
+        return spec.but(momentum=momentum, eps=eps, parameters=tuple(parameters))
+
+
+def _spelled(field: object) -> object:
+    """A field as a constant. The compiler holds a number that once changed to be a variable, until it is spelled."""
+    if isinstance(field, tuple):
+        return tuple([_spelled(part) for part in field])
+    if isinstance(field, float):
+        return field.hex()
+    return operator.index(field) if isinstance(field, int) and not isinstance(field, bool) else field
+
+
+def _number(spelled: object) -> object:
+    return float.fromhex(spelled) if isinstance(spelled, str) else spelled
 
 
 class Operands(NamedTuple):

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from ..activations import ACTIVATIONS
 from ..kernels import backward as kernels
@@ -29,31 +29,39 @@ class Saved(NamedTuple):
     bits: Tensor | None
 
 
-Steps = Callable[[Operands, Saved, Gradients], None]
+#: From tuples in the order of ``Operands``, ``Saved`` and ``Gradients``, plain ones as in the forward direction.
+Steps = Callable[[tuple, tuple, tuple], None]
 
 
 class Backward:
-    """A backward pass of operands that lie like those that it was made from; called with such operands.
+    """A backward pass of operands that lie like those that it was made from.
 
     ``wanted`` says which gradients of x, weight, bias, residual and slope to give. The residual is needed only where
     the activation's derivative depends on it and there are no bits. Without activation and padding the residual's
-    gradient is dy, which nobody needs to ask for.
+    gradient is dy, which nobody needs to ask for. Called with tuples in the order of ``Operands`` and ``Saved``; gives
+    one in the order of ``Gradients``.
     """
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        self.spec, self.wanted = spec, wanted
-        self._elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
-        self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
+        self.spec, self.wanted = spec, Gradients(*wanted)
         plain = operands.empty_like(spec, operands.dense(o.x) if spec.padding != 0 else o.x)
         self._plain = (plain.shape, plain.stride())
-        # Where gradients lie like what they are gradients of, that is the cheapest to say.
-        self._like_x = plain.stride() == torch.empty_like(o.x).stride()
+        # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
+        # the gradient of, that is the cheapest to say.
+        elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
+        self._new = empty_like if plain.stride() == empty_like(o.x).stride() else self._like_plain
+        contiguous = all(p is None or p.is_contiguous() for p in (o.weight, o.bias))
+        self._new_affine = self._like_plain if elementwise else empty_like if contiguous else _contiguous
+        self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
-        self._steps = _bind(spec, *tidy, plain, wanted, plans)
+        self._steps = _bind(spec, *tidy, plain, self.wanted, plans)
+
+    def _like_plain(self, t: Tensor) -> Tensor:
+        return t.new_empty_strided(*self._plain)
 
     def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
-        plain = o.x.new_empty_strided(*self._plain)
+        plain = self._like_plain(o.x)
         o = operands.tidied(self.spec, o, plain)
         dy = saved.dy
         if self.spec.padding == 0:
@@ -63,43 +71,34 @@ class Backward:
             dy = padded.zero_() if dy is None else operands.like(dy, padded)
         return o, saved._replace(dy=dy, dplain=operands.like(saved.dplain, plain))
 
-    def allocate(self, o: Operands) -> Gradients:
-        """Gradients per element are written where x's are; others are contiguous."""
-        x, weight, bias, residual, slope = self.wanted
-        element = torch.empty_like if self._like_x else self._empty
-        parameter = self._empty if self._elementwise else _contiguous
-        return Gradients(
-            element(o.x) if x else None,
-            parameter(o.weight) if weight else None,
-            parameter(o.bias) if bias else None,
-            element(o.x) if residual else None,
-            o.slope.new_empty(self._slope[0]) if slope else None,
+    def __call__(self, o: tuple, saved: tuple) -> tuple:
+        x, weight, bias, _, slope = o[:5]
+        wanted = self.wanted
+        g = (
+            self._new(x) if wanted.x else None,
+            self._new_affine(weight) if wanted.weight else None,
+            self._new_affine(bias) if wanted.bias else None,
+            self._new(x) if wanted.residual else None,
+            slope.new_empty(self._slope[0]) if wanted.slope else None,
         )
-
-    def _empty(self, t: Tensor) -> Tensor:
-        shape, strides = self._plain
-        return t.new_empty_strided(shape, strides)
-
-    def __call__(self, o: Operands, saved: Saved) -> Gradients:
-        gradients = self.allocate(o)
         if self._tidy:
-            o, saved = self._tidied(o, saved)
-        self._steps(o, saved, gradients)
-        if gradients.slope is not None and self._slope[0] != self._slope[1]:
-            gradients = gradients._replace(slope=gradients.slope.sum(0, keepdim=True))
-        return gradients
+            o, saved = self._tidied(Operands(*o), Saved(*saved))
+        self._steps(o, saved, g)
+        if wanted.slope and self._slope[0] != self._slope[1]:
+            return (*g[:4], g[4].sum(0, keepdim=True))
+        return g
 
 
 def _contiguous(p: Tensor) -> Tensor:
-    return torch.empty_like(p) if p.is_contiguous() else p.new_empty(p.shape)
+    return empty_like(p, memory_format=torch.contiguous_format)
 
 
 def _bind(
-    spec: Spec, o: Operands, saved: Saved, plain: Tensor, wanted: Sequence[bool], plans: Planner
+    spec: Spec, o: Operands, saved: Saved, plain: Tensor, asked: Gradients, plans: Planner
 ) -> Steps:  # fmt: skip
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
-    trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], wanted)
+    trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
     extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
     t = tiling.cut(
         spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine.form, per_channel=per_channel,
@@ -107,7 +106,7 @@ def _bind(
     )  # fmt: skip
     regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
     # Sums of a row: those for dx and the affine, and one for the slope.
-    return regime(t, affine, Gradients(*wanted), 2 if o.slope is None else 3)
+    return regime(t, affine, asked, 2 if o.slope is None else 3)
 
 
 def _on_scratch(
@@ -121,6 +120,10 @@ def _on_scratch(
     return with_plan
 
 
+def _named(o: tuple, saved: tuple, g: tuple) -> tuple[Operands, Saved, Gradients]:
+    return Operands(*o), Saved(*saved), Gradients(*g)
+
+
 def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
     launch = t.launch(
@@ -131,16 +134,22 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     direct = _one_row_each(t, affine, asked)
     finish = sums.parameter_gradients(t, affine, 1) if any(asked.of_rows(affine)) and not direct else None
     shares = sums.Shares.of(t, t.programs) if affine.form == "column" else None
+    writes_affine = direct or affine.form == "element"
     size, dtype = planes * t.geometry.rows, t.dtype
 
-    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
-        targets, parts = g.by_kernel(affine, direct), None
+    def steps(o: tuple, saved: tuple, g: tuple) -> None:
+        x, weight, bias, residual, slope, *_ = o
+        dy, dplain, statistics, bits = saved
+        dx, dweight, dbias, dresidual, dslope = g
+        parts = None
         if shares is not None:
-            targets, parts = shares.empty(g)
-        totals = None if finish is None else o.x.new_empty(size, dtype=dtype)
+            dweight, dbias, parts = shares.empty(g)
+        elif not writes_affine:
+            dweight = dbias = None
+        totals = None if finish is None else x.new_empty(size, dtype=dtype)
         launch(
-            o.x, saved.dy, saved.dplain, g.x, g.residual, *targets, o.residual, saved.bits, saved.statistics, totals,
-            o.weight, o.bias, o.slope,
+            x, dy, dplain, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
+            totals, weight, bias, slope,
         )  # fmt: skip
         if parts is not None:
             shares.sum(parts, g)
@@ -158,7 +167,8 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) and not direct else None
     size = planes * splits * t.geometry.rows
 
-    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
+    def steps(*of: tuple) -> None:
+        o, saved, g = _named(*of)
         partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
         launch(
             o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
@@ -184,7 +194,8 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     columns = _long_columns(t) if affine.form == "column" and (asked.weight or asked.bias) else None
     size = planes * splits * t.geometry.rows
 
-    def steps(o: Operands, saved: Saved, g: Gradients) -> None:
+    def steps(*of: tuple) -> None:
+        o, saved, g = _named(*of)
         partials = o.x.new_empty(size, dtype=dtype)
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
@@ -257,7 +268,7 @@ def _long_columns(t: Tiling) -> Callable[[Operands, Saved, Gradients], None]:
     )  # fmt: skip
 
     def run(o: Operands, saved: Saved, g: Gradients) -> None:
-        (dweight, dbias, _), parts = shares.empty(g)
+        dweight, dbias, parts = shares.empty(g)
         launch(o.x, saved.dy, dweight, dbias, o.residual, saved.bits, saved.statistics, o.weight, o.bias)
         if parts is not None:
             shares.sum(parts, g)

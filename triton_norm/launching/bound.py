@@ -29,7 +29,7 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     call = _forwards.get(key)
     if call is None:
         call = bound(lambda plans: Forward(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
-    return call(o)
+    return Results(*call(o))
 
 
 def backward(spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool]) -> Gradients:
@@ -38,7 +38,7 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool]) -> G
     call = _backwards.get(key)
     if call is None:
         call = bound(lambda plans: Backward(spec, o, saved, wanted, plans), lambda call: _backwards.keep(key, call))
-    return call(o, saved)
+    return Gradients(*call(o, saved))
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, empty_like
 
 from ..activations import ACTIVATIONS
 from ..kernels import forward as kernels
@@ -31,24 +31,29 @@ class Results(NamedTuple):
     plain: Tensor | None
 
 
-Steps = Callable[[Operands, Results], None]
-Statistics = Callable[[Operands, Results], Tensor | None]
+#: From tuples in the order of ``Operands`` and ``Results``, plain ones: making a NamedTuple costs a third of a launch.
+Steps = Callable[[tuple, tuple], None]
+Statistics = Callable[[tuple, tuple], Tensor | None]
 #: In place of running mean, running variance and count.
 _NONE = (None, None, None)
 
 
 class Forward:
-    """A forward pass of operands that lie like those that it was made from; called with such operands."""
+    """A forward pass of operands that lie like those that it was made from.
+
+    Called with a tuple of such operands, in the order of ``Operands``; gives one in the order of ``Results``.
+    """
 
     def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
         self.spec = spec
         first, plain = allocate(spec, o, keep_bits)
         s = first.statistics
-        self._statistics = None if s is None else (s.numel(), None if s.dtype == o.x.dtype else s.dtype)
-        self._bits = None if first.bits is None else first.bits.numel()
+        self._statistics = 0 if s is None else s.numel()
+        self._dtype = None if s is None or s.dtype == o.x.dtype else s.dtype
+        self._bits = 0 if first.bits is None else first.bits.numel()
         self._keep_plain = first.plain is not None
         # Where a result lies like x, that is the cheapest to say.
-        same = first.y.shape == o.x.shape and first.y.stride() == torch.empty_like(o.x).stride()
+        same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
         self._y = None if same else (first.y.shape, first.y.stride())
         self._plain_strides = plain.stride()
         tidy = operands.tidied(spec, o, plain)
@@ -63,35 +68,31 @@ class Forward:
         )  # fmt: skip
         if self._counts and not cumulative:
             tidy = tidy._replace(count=None)
-        self._plainly = not (self._tidy or self._counts or self._averages)
+        self._only_launches = not (self._tidy or self._counts or self._averages)
         self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
 
-    def allocate(self, x: Tensor) -> Results:
+    def __call__(self, o: tuple) -> tuple:
+        x = o[0]
+        y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y)
         statistics = bits = plain = None
-        if self._statistics is not None:
-            count, dtype = self._statistics
-            statistics = x.new_empty(count) if dtype is None else x.new_empty(count, dtype=dtype)
-        if self._bits is not None:
+        if self._statistics:
+            size, dtype = self._statistics, self._dtype
+            statistics = x.new_empty(size) if dtype is None else x.new_empty(size, dtype=dtype)
+        if self._bits:
             bits = x.new_empty(self._bits, dtype=torch.uint8)
         if self._keep_plain:
             plain = self._like_plain(x)
-        return Results(
-            torch.empty_like(x) if self._y is None else x.new_empty_strided(*self._y), statistics, bits, plain
-        )
+        r = (y, statistics, bits, plain)
+        if self._only_launches:
+            self._steps(o, r)
+        else:
+            self._with_all_else(Operands(*o), r)
+        return r
 
     def _like_plain(self, x: Tensor) -> Tensor:
         return x.new_empty_strided(x.shape, self._plain_strides)
 
-    def __call__(self, o: Operands) -> Results:
-        r = self.allocate(o.x)
-        if self._plainly:
-            self._steps(o, r)
-        else:
-            self._beyond(o, r)
-        return r
-
-    def _beyond(self, o: Operands, r: Results) -> None:
-        """A call with more to do than to launch."""
+    def _with_all_else(self, o: Operands, r: tuple) -> None:
         if self._tidy:
             o = operands.tidied(self.spec, o, self._like_plain(o.x))
         if self._counts:
@@ -100,7 +101,7 @@ class Forward:
                 o = o._replace(count=None)
         self._steps(o, r)
         if self._averages:
-            means = r.statistics.view(3, o.x.shape[0], o.x.shape[1]).mean(1)
+            means = r[1].view(3, o.x.shape[0], o.x.shape[1]).mean(1)
             for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
                 running.lerp_(mean.to(running.dtype), self.spec.momentum)
 
@@ -152,15 +153,18 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
         t.spec.eps, stores_variance, *_activation(t.spec), t.block, t.norm, t.pad, t.acc, t.layout,
     )  # fmt: skip
 
-    def steps(o: Operands, r: Results) -> None:
-        mean, variance, count = o[5:] if updates else _NONE
-        launch(o.x, r.y, o.residual, r.bits, r.plain, r.statistics, o.weight, o.bias, o.slope, mean, variance, count)
+    def steps(o: tuple, r: tuple) -> None:
+        x, weight, bias, residual, slope, *running = o
+        y, statistics, bits, plain = r
+        launch(
+            x, y, residual, bits, plain, statistics, weight, bias, slope, *(running if updates else _NONE)
+        )  # fmt: skip
 
     return steps
 
 
 def _split(
-    t: Tiling, affine: Affine, statistics: Statistics | None, stores_variance: bool, updates: bool
+    t: Tiling, affine: Affine, take: Statistics | None, stores_variance: bool, updates: bool
 ) -> Steps:  # fmt: skip
     """Programs that share a row, behind the pass that takes its statistics, if it has its own."""
     launch = t.launch(
@@ -171,13 +175,14 @@ def _split(
     )  # fmt: skip
     given = not t.spec.use_stats
 
-    def steps(o: Operands, r: Results) -> None:
-        partials = None if statistics is None else statistics(o, r)
-        center, variance, _ = o[5:] if given else _NONE
-        running = o[5:] if updates else _NONE
+    def steps(o: tuple, r: tuple) -> None:
+        partials = None if take is None else take(o, r)
+        x, weight, bias, residual, slope, *running = o
+        y, statistics, bits, plain = r
+        mean, variance, _ = running if given else _NONE
         launch(
-            o.x, r.y, o.residual, r.bits, r.plain, partials, r.statistics, center, variance, o.weight, o.bias, o.slope,
-            *running,
+            x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
+            *(running if updates else _NONE),
         )  # fmt: skip
 
     return steps
@@ -199,15 +204,16 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
         t.acc, warps=4,
     )  # fmt: skip
 
-    def step(o: Operands, r: Results) -> Tensor | None:
-        partials = o.x.new_empty(size, dtype=dtype)
-        first(o.x, partials)
+    def take(o: tuple, r: tuple) -> Tensor | None:
+        x, statistics = o[0], r[1]
+        partials = x.new_empty(size, dtype=dtype)
+        first(x, partials)
         if not finalize:
             return partials
-        second(partials, r.statistics, *(o[5:] if updates else _NONE))
+        second(partials, statistics, *(o[5:] if updates else _NONE))
         return None
 
-    return step
+    return take
 
 
 def _activation(spec: Spec) -> tuple:

@@ -11,6 +11,7 @@ HIP = torch.version.hip is not None
 _ORDINARY = {Tensor, torch.nn.Parameter}
 is_compiling = torch.compiler.is_compiling
 functorch_is_active = torch._C._are_functorch_transforms_active
+any_autocast = torch._C._is_any_autocast_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -20,7 +21,7 @@ def is_ordinary(x: Tensor) -> bool:
 
 
 class Table(dict):
-    """Calls by key. All are forgotten where plans may have changed, or where ever new shapes would only make it grow."""
+    """Calls by key. All are forgotten where plans may have changed, and where ever new shapes only make it grow."""
 
     MOST = 4096
 
@@ -34,12 +35,19 @@ class Table(dict):
         self[key] = call
 
 
-def layouts(tensors: Iterable[Tensor | None]) -> list:
-    """What a bound call depends on of its operands: layouts, and where Triton is told that 16 divides a pointer."""
-    found = [None if t is None else (t.shape, t.stride(), t.dtype, t.device, t.data_ptr() % 16) for t in tensors]
-    return [*found, HIP and storages(tensors)]
+def nowhere() -> int:
+    """Of an empty or a meta tensor, which is nothing for a launch."""
+    raise TypeError("a tensor without memory")
 
 
-def storages(tensors: Iterable[Tensor | None]) -> tuple:
-    """For AMD GPUs Triton also compiles for storages that 32 bits address."""
-    return tuple(t is None or t.untyped_storage().nbytes() < 2**31 for t in tensors)
+def layouts(tensors: Iterable[Tensor | None]) -> tuple:
+    """What a bound call depends on of its operands."""
+    tensors = tuple(tensors)
+    return (*(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors), placement(tensors))
+
+
+def placement(tensors: Iterable[Tensor | None]) -> tuple:
+    """What Triton compiles for beside layouts: pointers that 16 divides and, for AMD GPUs, storages within 32 bits."""
+    return tuple(
+        t is None or (t.data_ptr() % 16 == 0, not HIP or t.untyped_storage().nbytes() < 2**31) for t in tensors
+    )

@@ -49,7 +49,7 @@ class Launch:
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
         run, device = self._run, self._device
-        if run is None or _hooked() or (device is not None and device != torch.cuda.current_device()):
+        if run is None or _is_hooked() or (device is not None and device != torch.cuda.current_device()):
             self._launch(pointers)
         else:
             run(*self._grid, self._stream(device or 0), *self._first, *pointers, *self._constants)
@@ -66,8 +66,9 @@ class Launch:
                 self._run = compiled.run
 
 
-def _hooked() -> bool:
+def _is_hooked() -> bool:
     """Whether somebody, such as a profiler, wants to be told of launches."""
     runtime = triton.knobs.runtime
     enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    # A chain of hooks or, in older releases, one hook or None.
     return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

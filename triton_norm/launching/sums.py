@@ -72,15 +72,16 @@ def shared_sums(t: Tiling, affine: Affine) -> Callable[[Tensor, Tensor | None], 
     return run
 
 
-def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Tensor, Gradients], None]:
+def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Tensor, tuple], None]:
     """From (planes, splits, rows) sums of rows, gradients of (C,) or, of weight and bias, of (N, C) parameters."""
     rows, channels = t.geometry.rows, t.geometry.channels
     by_channel = column_sums(t, splits * rows // channels, channels)
     if affine.per_sample is None:
-        return lambda sums, g: by_channel(sums, None, *g.of_rows(affine))
+        return lambda sums, g: by_channel(sums, None, *Gradients(*g).of_rows(affine))
     by_row = column_sums(t, splits, rows)
 
-    def run(sums: Tensor, g: Gradients) -> None:
+    def run(sums: Tensor, g: tuple) -> None:
+        g = Gradients(*g)
         if g.weight is not None or g.bias is not None:
             by_row(sums, None, g.weight, g.bias, None)
         if g.slope is not None:
@@ -102,14 +103,15 @@ class Shares(NamedTuple):
         columns = t.geometry.columns
         return Shares(count, columns, t.dtype, column_sums(t, count, columns))
 
-    def empty(self, g: Gradients) -> tuple[tuple, Tensor | None]:
-        """Targets for weight, bias and (none) slope, and, if they are parts yet to be summed, the memory of these."""
-        if self.count == 1 or (g.weight is None and g.bias is None):
-            return (g.weight, g.bias, None), None
-        n, like = self.count * self.columns, g.bias if g.weight is None else g.weight
+    def empty(self, g: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Targets for weight and bias and, if they are parts yet to be summed, the memory of these."""
+        _, weight, bias, *_ = g
+        if self.count == 1 or (weight is None and bias is None):
+            return weight, bias, None
+        n, like = self.count * self.columns, bias if weight is None else weight
         parts = torch.empty(2 * n, dtype=self.dtype, device=like.device)
-        return (None if g.weight is None else parts[:n], None if g.bias is None else parts[n:], None), parts
+        return None if weight is None else parts[:n], None if bias is None else parts[n:], parts
 
-    def sum(self, parts: Tensor | None, g: Gradients) -> None:
-        if parts is not None:
-            self.launch(parts, None, g.weight, g.bias, None)
+    def sum(self, parts: Tensor, g: tuple) -> None:
+        _, weight, bias, *_ = g
+        self.launch(parts, None, weight, bias, None)

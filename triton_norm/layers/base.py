@@ -14,8 +14,8 @@ from ..spec import Spec
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
-    #: What a call may say in place of the module, as keyword arguments, and what it is where neither says anything.
-    _extras: ClassVar[dict[str, Any]] = {"weight": None, "bias": None, "activation": None}
+    #: What a call may say in place of the module, as keyword arguments.
+    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation"})
     padding: int | tuple[int, ...] = 0
     padding_mode = "zeros"
 
@@ -40,20 +40,25 @@ class Activated(nn.Module):
             return self._call_with(asked, input, residual, fused, *running)
         name, numbers, slope = resolve(self.activation)
         spec = Spec(*asked, self.eps, name, numbers, self.padding, self.padding_mode)
-        return self._run(spec, input, parameter(self, "weight"), parameter(self, "bias"), residual, slope, *running)
+        return self._run(spec, input, *parameters_of(self), residual, slope, *running)
 
-    def _call_with(self, asked, input, residual, fused, *running) -> Result:
-        unknown = [name for name in fused if name not in self._extras]
-        if unknown:
-            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown[0]!r}")
-        own = {name: getattr(self, name, default) for name, default in self._extras.items()}
-        said = {**own, **fused}
-        name, numbers, slope = resolve(said["activation"])
+    def _call_with(
+        self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
+        *running: Tensor | None,
+    ) -> Result:  # fmt: skip
+        if not self._extras.issuperset(fused):
+            unknown = next(name for name in fused if name not in self._extras)
+            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown!r}")
+        weight, bias = (
+            (fused["weight"], fused["bias"]) if "weight" in fused and "bias" in fused else parameters_of(self)
+        )
+        said = fused.get
+        name, numbers, slope = resolve(said("activation", self.activation))
         spec = Spec(
-            *asked, self.eps, name, numbers, said.get("padding", 0), said.get("padding_mode", "zeros"),
-            said.get("return_unpadded", False), said.get("unit_offset", False), int(said.get("unbiased", False)),
+            *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
+            said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
         )  # fmt: skip
-        return self._run(spec, input, said["weight"], said.get("bias"), residual, slope, *running)
+        return self._run(spec, input, said("weight", weight), said("bias", bias), residual, slope, *running)
 
     #: What a call comes to. A norm that does something else with it overrides this.
     _run = staticmethod(normalize)
@@ -68,12 +73,7 @@ class Activated(nn.Module):
 class Fused(Activated):
     """The same with padding, for norms of (N, C, *spatial)."""
 
-    _extras: ClassVar[dict[str, Any]] = {
-        **Activated._extras,
-        "padding": 0,
-        "padding_mode": "reflect",
-        "return_unpadded": False,
-    }
+    _extras: ClassVar[frozenset[str]] = Activated._extras | {"padding", "padding_mode", "return_unpadded"}
     #: How many spatial dims the input has; None for any number.
     _dims: int | None = None
 
@@ -93,7 +93,7 @@ class Fused(Activated):
 class Affine(Fused):
     """The same with ``bias=``, which older releases of torch do not have on all of these modules."""
 
-    _extras: ClassVar[dict[str, Any]] = {**Fused._extras, "unit_offset": False}
+    _extras: ClassVar[frozenset[str]] = Fused._extras | {"unit_offset"}
 
     def _construct(self, *args: Any, bias: bool, **options: Any) -> None:
         if "bias" in inspect.signature(super().__init__).parameters:
@@ -111,15 +111,22 @@ class Affine(Fused):
             nn.init.zeros_(self.bias)
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """The attribute, past ``nn.Module``'s search for it; parametrized and pruned modules have it elsewhere."""
+def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias, past ``nn.Module``'s search for them; parametrized and pruned modules have them elsewhere."""
     own = module._parameters
-    return own[name] if name in own else getattr(module, name, None)
+    return (
+        own["weight"] if "weight" in own else getattr(module, "weight", None),
+        own["bias"] if "bias" in own else getattr(module, "bias", None),
+    )
 
 
-def buffer(module: nn.Module, name: str) -> Tensor | None:
+def running_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean, running variance and the number of batches, likewise."""
     own = module._buffers
-    return own[name] if name in own else getattr(module, name)
+    try:
+        return own["running_mean"], own["running_var"], own["num_batches_tracked"]
+    except KeyError:
+        return module.running_mean, module.running_var, module.num_batches_tracked
 
 
 def check_padding(padding: int | tuple[int, ...], mode: str, dims: int | None) -> None:

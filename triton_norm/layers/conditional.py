@@ -1,13 +1,13 @@
 """Norms whose affine is not a parameter but comes with the call: from a style, from labels, or from a map."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from .base import Fused
 from .checks import check_4d, check_shapes
-from .norms import BatchNorm, BatchNorm2d, InstanceNorm2d
+from .norms import BatchNorm, BatchNorm2d, InstanceNorm, InstanceNorm2d
 from .sync import SyncBatchNorm
 
 __all__ = ["AdaIN2d", "ConditionalBatchNorm2d", "SPADE2d"]
@@ -20,6 +20,7 @@ class AdaIN2d(Fused):
     padding.
     """
 
+    _extras: ClassVar[frozenset[str]] = InstanceNorm._extras
     _dims = 2
 
     def __init__(
@@ -43,8 +44,8 @@ class AdaIN2d(Fused):
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
-        own = {"weight": scale, "bias": shift, "unbiased": self.unbiased}
-        return self._call_with(("instance", None, True, 0.0), input, residual, {**own, **fused}, None, None, None)
+        fused = {"weight": scale, "bias": shift, "unbiased": self.unbiased, **fused}
+        return self._call_with(("instance", None, True, 0.0), input, residual, fused, None, None, None)
 
     def extra_repr(self) -> str:
         own = f"{self.num_features}, eps={self.eps}" + (", unbiased=True" if self.unbiased else "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import hashable
-from .base import Activated, Affine, Fused, buffer
+from .base import Activated, Affine, Fused, running_of
 from .checks import check_4d
 
 __all__ = [
@@ -53,9 +53,9 @@ class BatchNorm(Affine):
         self._check_input_dim(input)
         mean = var = count = None
         if not self.training or self.track_running_stats:
-            mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
-            if self.training:
-                count = buffer(self, "num_batches_tracked")
+            mean, var, count = running_of(self)
+            if not self.training:
+                count = None
         # Without a momentum it is a cumulative average.
         momentum = 0.0 if self.momentum is None and count is None else self.momentum
         use_stats = self.training or (mean is None and var is None)
@@ -63,7 +63,7 @@ class BatchNorm(Affine):
 
 
 class InstanceNorm(Affine):
-    _extras: ClassVar[dict[str, Any]] = {**Affine._extras, "unbiased": False}
+    _extras: ClassVar[frozenset[str]] = Affine._extras | {"unbiased"}
 
     def __init__(
         self,
@@ -99,7 +99,7 @@ class InstanceNorm(Affine):
             "instance", None, self.training or not self.track_running_stats,
             0.0 if self.momentum is None else self.momentum,
         )  # fmt: skip
-        mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
+        mean, var, _ = running_of(self)
         y = self._call(asked, input, residual, fused, mean, var, None)
         if not unbatched:
             return y
@@ -194,7 +194,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation and residual."""
 
-    _extras: ClassVar[dict[str, Any]] = {"weight": None, "activation": None}
+    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"}
 
     def __init__(
         self,

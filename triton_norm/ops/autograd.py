@@ -6,79 +6,79 @@ Whatever else there is, gradients of gradients among it, goes by the operators o
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.autograd.function import FunctionCtx
 
 from ..launching import bound
 from ..launching.backward import Backward, Saved
-from ..launching.forward import Forward, Results
-from ..launching.keys import HIP, is_ordinary, storages
+from ..launching.forward import Forward
+from ..launching.keys import HIP, is_ordinary, layouts
 from ..spec import Operands, Spec
 from . import traced
-from .traced import INPUTS, keeps_bits, pass_on, passes_on, saved_of
+from .traced import keeps_bits, pass_on, passes_on, saved_of
 
 
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_backwards", "_forwards", "_keeps_bits", "_passes_on", "_watched", "spec")
+    __slots__ = ("_backwards", "_inference", "_passes_on", "_training", "spec")
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self.spec = spec
-        self._keeps_bits = keeps_bits(spec, o)
+        # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
-        # By whether bits are kept, which is for gradients alone.
-        self._forwards: dict[bool, Forward] = {}
+        self._training: Forward | None = None
+        self._inference: Forward | None = None
         self._backwards: dict[tuple, Backward] = {}
-        # Autograd gives back the operands that it was given, unless somebody packs and unpacks them meanwhile: then
-        # these may lie otherwise.
-        self._watched = [
-            i for i, t in enumerate(o[:INPUTS])
-            if t is not None and (t.dim() > 1 or not t.is_contiguous() or t.data_ptr() % 16)
-        ]  # fmt: skip
 
-    def __call__(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
-        *running: Tensor | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-        if torch.is_grad_enabled() and (
+    def __call__(self, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+        x, weight, bias, residual, slope, mean, var, count = operands
+        if is_grad_enabled() and (
             x.requires_grad
             or (weight is not None and weight.requires_grad)
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
             or (slope is not None and slope.requires_grad)
         ):
-            return _apply(self, running, x, weight, bias, residual, slope)
-        r = self.forward(Operands(x, weight, bias, residual, slope, *running), False)
-        return r.y if r.plain is None else (r.y, r.plain)
+            return _apply(self, (mean, var, count), x, weight, bias, residual, slope)
+        y, _, _, plain = (self._inference or self._bind_forward(operands, False))(operands)
+        return y if plain is None else (y, plain)
 
-    def forward(self, o: Operands, differentiable: bool) -> Results:
-        keep_bits = differentiable and self._keeps_bits
-        call = self._forwards.get(keep_bits)
-        if call is None:
-            call = bound.bound(
-                lambda plans: Forward(self.spec, o, keep_bits, plans),
-                lambda call: self._forwards.__setitem__(keep_bits, call),
-            )
-        return call(o)
+    def forward(self, operands: tuple[Tensor | None, ...]) -> tuple:
+        """What ``Forward`` gives, with all that a backward pass needs."""
+        return (self._training or self._bind_forward(operands, True))(operands)
 
-    def backward(self, o: Operands, saved: Saved, wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
+    def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
+        o, name = Operands(*operands), "_training" if differentiable else "_inference"
+        return bound.bound(
+            lambda plans: Forward(self.spec, o, differentiable and keeps_bits(self.spec, o), plans),
+            lambda call: setattr(self, name, call),
+        )
+
+    def backward(self, o: tuple[Tensor | None, ...], saved: tuple, wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
+        """``o`` are the saved operands, ``saved`` is in the order of ``Saved``."""
         if self._passes_on and wanted[3]:
             without = (*wanted[:3], False, wanted[4])
-            return pass_on(saved.dy, self.backward(o, saved, without) if any(without) else None)
-        key: tuple = wanted
-        for t in (saved.dy, saved.dplain):
-            key += (None,) if t is None else (t.stride(), t.data_ptr() % 16)
-        for i in self._watched:
-            t = o[i]
-            if t is not None:
-                key += (t.stride(), t.data_ptr() % 16)
-        if HIP:
-            key += storages((*o, *saved))
+            return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
+        # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
+        dy, dplain, _, _ = saved
+        x, weight, bias, residual, slope, mean, _ = o
+        places = dy.data_ptr() | x.data_ptr()
+        if weight is not None:
+            places |= weight.data_ptr()
+            weight = weight.stride()
+        if bias is not None:
+            places |= bias.data_ptr()
+            bias = bias.stride()
+        if residual is not None:
+            places |= residual.data_ptr()
+            residual = residual.stride()
+        all_else = places % 16 or dplain is not None or slope is not None or mean is not None or HIP
+        key = (wanted, dy.stride(), x.stride(), weight, bias, residual, all_else and layouts((*o, dy, dplain)))
         call = self._backwards.get(key)
         if call is None:
             call = bound.bound(
-                lambda plans: Backward(self.spec, o, saved, wanted, plans),
+                lambda plans: Backward(self.spec, Operands(*o), Saved(*saved), wanted, plans),
                 lambda call: self._backwards.__setitem__(key, call),
             )
         return call(o, saved)
@@ -89,21 +89,21 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, call: Kernels, running: tuple[Tensor | None, ...], *operands: Tensor | None):
-        o = Operands(*operands, *running)
-        r = call.forward(o, True)
-        ctx.call, ctx.statistics, ctx.bits = call, r.statistics, r.bits
-        ctx.save_for_backward(*saved_of(call.spec, o, r.bits))
-        if r.plain is None:
-            return r.y
+        o = operands + running
+        y, statistics, bits, plain = call.forward(o)
+        ctx.call, ctx.statistics, ctx.bits = call, statistics, bits
+        ctx.save_for_backward(*saved_of(call.spec, o, bits))
+        if plain is None:
+            return y
         ctx.set_materialize_grads(False)
-        return r.y, r.plain
+        return y, plain
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None = None):
-        call, o, wanted = ctx.call, Operands(*ctx.saved_tensors), ctx.needs_input_grad[2:]
-        saved = Saved(dy, dplain, ctx.statistics, ctx.bits)
-        if torch.is_grad_enabled() or not is_ordinary(o.x) or type(dy) is not Tensor:
-            return None, None, *traced.backward(call.spec, o, saved, wanted)
+        call, o, wanted = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        saved = (dy, dplain, ctx.statistics, ctx.bits)
+        if type(dy) is not Tensor or is_grad_enabled() or not is_ordinary(o[0]):
+            return None, None, *traced.backward(call.spec, Operands(*o), Saved(*saved), wanted)
         return None, None, *call.backward(o, saved, wanted)
 
 

@@ -10,8 +10,8 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, is_ordinary, storages
-from ..spec import BY_CHANNEL, PER_COLUMN, ROWS, Operands, Spec
+from ..launching.keys import HIP, Table, any_autocast, is_ordinary, nowhere, placement
+from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
 from .checks import DTYPES, HALF, check, is_wide, matched
 
@@ -20,9 +20,6 @@ Call = Callable[..., Result]
 
 #: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
 _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
-
-#: Kinds that autocast may have a list for; it is asked about these alone.
-_LISTED = ("group", *PER_COLUMN)
 
 _calls: dict[tuple, Call] = Table()
 
@@ -41,26 +38,34 @@ def normalize(
     if not is_ordinary(x):
         return _settle(spec, Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
+    # A device's number is compared faster than the device, and memory tells one without a number from no device at all.
     try:
+        places = x.data_ptr() or nowhere()
+        if weight is not None:
+            places |= weight.data_ptr() or nowhere()
+            weight = weight.shape, weight.stride(), weight.dtype, weight.get_device()
+        if bias is not None:
+            places |= bias.data_ptr() or nowhere()
+            bias = bias.shape, bias.stride(), bias.dtype, bias.get_device()
+        if residual is not None:
+            places |= residual.data_ptr() or nowhere()
+            residual = residual.shape, residual.stride(), residual.dtype, residual.get_device()
+        if slope is not None:
+            places |= slope.data_ptr() or nowhere()
+            slope = slope.shape, slope.stride(), slope.dtype, slope.get_device()
+        if running_mean is not None:
+            places |= running_mean.data_ptr() or nowhere()
+            running_mean = running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.get_device()
+        if running_var is not None:
+            places |= running_var.data_ptr() or nowhere()
+            running_var = running_var.shape, running_var.stride(), running_var.dtype, running_var.get_device()
+        if count is not None:
+            places |= count.data_ptr() or nowhere()
+            count = count.dtype, count.get_device()
         key = (
-            spec, backend.setting(), spec.kind in _LISTED and reference.autocasts(x.device.type),
-            x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
-            None if weight is None
-            else (weight.shape, weight.stride(), weight.dtype, weight.device, weight.data_ptr() % 16),
-            None if bias is None
-            else (bias.shape, bias.stride(), bias.dtype, bias.device, bias.data_ptr() % 16),
-            None if residual is None
-            else (residual.shape, residual.stride(), residual.dtype, residual.device, residual.data_ptr() % 16),
-            None if slope is None
-            else (slope.shape, slope.stride(), slope.dtype, slope.device, slope.data_ptr() % 16),
-            None if running_mean is None
-            else (running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.device,
-                  running_mean.data_ptr() % 16),
-            None if running_var is None
-            else (running_var.shape, running_var.stride(), running_var.dtype, running_var.device,
-                  running_var.data_ptr() % 16),
-            None if count is None else (count.dtype, count.device, count.data_ptr() % 16),
-            HIP and storages(operands),
+            spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
+            x.shape, x.stride(), x.dtype, x.device, weight, bias, residual, slope, running_mean, running_var, count,
+            (places % 16 or HIP) and placement(operands),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
@@ -111,7 +116,8 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
         own = own.but(activation="identity", parameters=())
     if unpadded:
         own = own.but(padding=0, return_unpadded=False)
-    call = partial(traced.forward, own) if is_traced else autograd.Kernels(own, o)
+    # Meta tensors have no data to launch on, but the operators know their results.
+    call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)
     if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
         return call
 

@@ -114,11 +114,19 @@ def _fresh(t: Tensor | None) -> Tensor | None:
 Wanted = tuple[bool, ...]
 
 
-def saved_of(spec: Spec, o: Operands, bits: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The operands that the backward pass needs. What z is not recomputed from is not kept alive."""
-    residual = o.residual if bits is None and spec.activation != "identity" else None
-    given = (None, None) if spec.use_stats else (o.running_mean, o.running_var)
-    return (o.x, o.weight, o.bias, residual, o.slope, *given)
+def saved_of(spec: Spec, o: tuple[Tensor | None, ...], bits: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of a tuple in the order of ``Operands``, what the backward pass needs.
+
+    What z is not recomputed from is not kept alive.
+    """
+    x, weight, bias, residual, slope, mean, var, *_ = o
+    if bits is not None or spec.activation == "identity":
+        residual = None
+    return (
+        (x, weight, bias, residual, slope, None, None)
+        if spec.use_stats
+        else (x, weight, bias, residual, slope, mean, var)
+    )
 
 
 def passes_on(spec: Spec) -> bool:

@@ -111,6 +111,11 @@ def _changed() -> None:
         listener()
 
 
+def forget() -> None:
+    """Has all that depends on plans be found anew."""
+    _changed()
+
+
 def _warn(topic: str, message: str) -> None:
     if topic not in _warned:
         _warned.add(topic)
