@@ -47,7 +47,7 @@ class Tile:
         self.a = a
         self.itemsize = a["x"].element_size()
         self.transposed = a["x_g"] == 1 and a["G"] > 1 and a["x_s"] != 1
-        per_element = a["NORM"].AFFINE == AFFINES["element"]
+        per_element = AFFINES["element"] == a["NORM"].AFFINE
         # Bits stand for the bias.
         affine = AFFINE[:1] if a.get("bits") is not None else AFFINE
         self.read = READ + (affine if per_element else ())

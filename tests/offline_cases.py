@@ -1,17 +1,24 @@
 """Compiles the package's launches for a target and prints one JSON line per kernel. Run as a script, without a GPU.
 
-A separate process, because kernels that were made for the interpreter cannot be compiled.
+A separate process, because kernels that were made for the interpreter cannot be compiled. ``--record`` writes what
+``recorded`` reads: the figures of this release of Triton.
 """
 
+import csv
 import itertools
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import triton
 
 from bench.offline import compiling
-from triton_norm.launching import launch
+from triton_norm.launching import bound
+from triton_norm.launching.backward import Saved
+from triton_norm.spec import Operands, Spec
 
 #: Planes of GANs and ResNets, (N, C, H, W); all aligned. Between them they meet every regime and limit of plan.py.
 SHAPES = [(1, 64, 128, 128), (4, 64, 64, 64), (4, 256, 32, 32), (32, 256, 56, 56), (1, 64, 256, 256), (16, 512, 8, 8)]
@@ -27,6 +34,12 @@ POSITIONS = [(8, 96, 56, 56), (4, 768, 8, 8)]
 WIDE = [(1, 64, 128, 128), (2, 256, 32, 32)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
+#: The target whose figures are recorded, and the table: a column for each release of Triton.
+RECORDED = "sm_90"
+TABLE = Path(__file__).with_name("compiled.csv")
+FIGURES = ("registers", "spills", "instructions")
+RELEASE = ".".join(triton.__version__.split(".")[:2])
+
 
 def compile_case(
     target: str, kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
@@ -40,27 +53,35 @@ def compile_case(
     else:
         weight = torch.empty({"sample": shape[:2], "column": (width,)}.get(affine, shape[1:2]), device="meta")
     bias = None if kind == "rms" else weight
-    running = weight if kind == "batch" and affine == "channel" else None
+    running = count = None
+    if kind == "batch" and affine == "channel":
+        running, count = weight, torch.empty((), dtype=torch.int64, device="meta")
     extra = x if residual else None
-    sides = [padding] * 4 if padding else []
+    argument = {"group": shape[1] // (width or 1), "channels": shape[1:2]}.get(kind, (width,) if width else None)
+    spec = Spec(kind, argument, True, 0.1, 1e-5, activation, padding=padding)
     keep_bits = (residual or affine == "element") and activation == "relu"
     with compiling(target) as reports:
-        y, statistics, bits, _ = launch.forward(
-            x, weight, bias, extra, None, running, running, None, None,
-            kind, width, 0.1, 1e-5, 0, False, activation, [], keep_bits, sides, "reflect", False,
-        )  # fmt: skip
-        launch.backward(
-            y, None, x, weight, bias, None if keep_bits else extra, None, None, None,
-            statistics, bits if keep_bits else None, kind, width, 1e-5, 0, False, activation, [], sides, "reflect",
-            [True, True, bias is not None, residual, False],
+        y, statistics, bits, _ = bound.forward(
+            spec, Operands(x, weight, bias, extra, None, running, running, count), keep_bits
+        )
+        bound.backward(
+            spec, Operands(x, weight, bias, extra if bits is None else None), Saved(y, None, statistics, bits),
+            (True, True, bias is not None, residual, False),
         )  # fmt: skip
     case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}
     case |= {"affine": affine, "residual": residual, "padding": padding}
-    kept = ("kernel", "warps", "registers", "spills", "loads", "stores")
-    return [
-        {**case, **{field: getattr(report, field) for field in kept}, "rows": report.arguments.get("R")}
-        for report in reports
-    ]
+    case["case"] = " ".join(filter(None, (
+        kind, "x".join(map(str, shape)), layout, str(dtype).removeprefix("torch."), residual and "residual",
+        padding and f"padding={padding}", width and f"width={width}", affine != "channel" and affine,
+        activation != "relu" and activation,
+    )))  # fmt: skip
+    kept = ("kernel", "warps", *FIGURES, "loads", "stores")
+    rows, launches = [], Counter()
+    for report in reports:
+        launches[report.kernel] += 1
+        row = {**case, **{field: getattr(report, field) for field in kept}, "launch": launches[report.kernel]}
+        rows.append(row | {"rows": getattr(report.arguments.get("BLOCK"), "R", None)})
+    return rows
 
 
 def cases() -> Iterator[tuple]:
@@ -94,7 +115,48 @@ def cases() -> Iterator[tuple]:
         yield "batch", shape, layout, torch.float16, index % 4 == 0, 0, 0, "sample"
 
 
+def recorded(release: str) -> dict[tuple[str, str], tuple[int, ...]]:
+    """``FIGURES`` that the table has for a release, by case and by kernel and its launch in the case."""
+    with TABLE.open() as file:
+        return {
+            (row["case"], row["kernel"]): tuple(map(int, row[release].split("/")))
+            for row in csv.DictReader(file)
+            if row.get(release)
+        }
+
+
+def releases() -> list[str]:
+    """Those in the table, oldest first."""
+    with TABLE.open() as file:
+        return sorted(csv.DictReader(file).fieldnames[2:], key=as_numbers)
+
+
+def as_numbers(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def key(row: dict) -> tuple[str, str]:
+    """Of a row of ``compile_case`` in the table."""
+    return row["case"], f"{row['kernel']} {row['launch']}"
+
+
+def record() -> None:
+    """Writes this release's column, and leaves those of others, but for launches that are no more."""
+    rows = [row for case in cases() for row in compile_case(RECORDED, *case)]
+    columns = {release: recorded(release) for release in releases()} if TABLE.exists() else {}
+    columns[RELEASE] = {key(row): tuple(row[figure] for figure in FIGURES) for row in rows}
+    names = sorted(columns, key=as_numbers)
+    with TABLE.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "kernel", *names])
+        for at in columns[RELEASE]:
+            writer.writerow([*at, *("/".join(map(str, columns[name].get(at, ()))) for name in names)])
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "--record":
+        record()
+        sys.exit()
     target = sys.argv[1]
     # All cases for one target; the others take turns at pairs of dtypes, so that each case meets two of the three.
     turn = {"sm_80": 0, "gfx942": 1}.get(target)

@@ -36,6 +36,7 @@ from .tiles import (
     store_columns,
     store_tile,
     tile_of,
+    zeros,
 )
 
 
@@ -87,18 +88,18 @@ def store_elements(gradients, dz, normalized, at, tile):
 
 
 @triton.jit
-def store_parameters(gradients, sum_dzx, sum_dz, sum_ds, rows, sizes, NORM: tl.constexpr):
-    """The gradients of those parameters that no two rows share, contiguous: of an affine per row, and of slopes."""
+def store_parameters(gradients, sum_dzx, sum_dz, sum_ds, rows, NORM: tl.constexpr):
+    """The gradients of those parameters that no two rows share, contiguous: of an affine per row, and of slopes.
+
+    There are as many of them as rows, so a row's index is where they are.
+    """
     if NORM.AFFINE == ROW:
-        at = rows.channel
-        if sizes.per_sample is not None:
-            at = rows.index
         if gradients.dweight is not None:
-            tl.store(gradients.dweight + at, sum_dzx, mask=rows.live)
+            tl.store(gradients.dweight + rows.index, sum_dzx, mask=rows.live)
         if gradients.dbias is not None:
-            tl.store(gradients.dbias + at, sum_dz, mask=rows.live)
+            tl.store(gradients.dbias + rows.index, sum_dz, mask=rows.live)
     if gradients.dslope is not None:
-        tl.store(gradients.dslope + rows.channel, sum_ds, mask=rows.live)
+        tl.store(gradients.dslope + rows.index, sum_ds, mask=rows.live)
 
 
 @triton.jit
@@ -143,7 +144,7 @@ def differentiate_rows(
             tl.store(sums + sizes.rows + rows.index, sum_d, mask=rows.live)
             if operands.slope is not None:
                 tl.store(sums + 2 * sizes.rows + rows.index, sum_ds, mask=rows.live)
-        store_parameters(gradients, sum_dx, sum_d, sum_ds, rows, sizes, NORM)
+        store_parameters(gradients, sum_dx, sum_d, sum_ds, rows, NORM)
     if gradients.dx is not None:
         if FOLDED and PAD is None:
             # One offset an element is too much to keep alive across the sums, and the compiler would keep it. The
@@ -200,8 +201,8 @@ def persistent_backward(
         w = load_columns(weight, k, s, sizes, 1.0, ACC)
         if not LONG:
             bias_columns = load_columns(bias, k, s, sizes, 0.0, ACC)
-        sum_dzx = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
-        sum_dz = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+        sum_dzx = zeros(BLOCK, ACC)
+        sum_dz = zeros(BLOCK, ACC)
         first = tl.program_id(0) * steps
         for block in range(first, tl.minimum(first + steps, blocks)):
             if LONG:
@@ -260,8 +261,8 @@ def gradient(
     """
     # Whether the sums are those of g: not where the weight is the same for all that shares a mean.
     WEIGHTED: tl.constexpr = NORM.AFFINE != ROW or NORM.GROUP > 1 or (NORM.PER_CHANNEL and per_sample is not None)
-    ROW_GRADIENTS: tl.constexpr = NORM.AFFINE == ROW and (dweight is not None or dbias is not None)
-    SUMS: tl.constexpr = partials is not None or (sums is None and (ROW_GRADIENTS or dslope is not None))
+    BY_ROW: tl.constexpr = dslope is not None or (NORM.AFFINE == ROW and (dweight is not None or dbias is not None))
+    SUMS: tl.constexpr = partials is not None or (sums is None and BY_ROW)
     upstream = Upstream(dy, dplain)
     gradients = Gradients(dx, dresidual, dweight, dbias, dslope)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
@@ -291,18 +292,23 @@ def gradient(
         else:
             sum_dx = row_total(sums, 0, of, sizes, P, BLOCK_P)
             sum_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
-            if share == 0:
-                sum_ds = sum_d
-                if dslope is not None:
-                    sum_ds = row_total(sums, 2, of, sizes, P, BLOCK_P)
-                store_parameters(gradients, sum_dx, sum_d, sum_ds, of, sizes, NORM)
         mean_dx = (sum_dx / (n - NORM.CORRECTION))[:, None]
         mean_d = (sum_d / n)[:, None]
+        if BY_ROW:
+            if share == 0:
+                # Loaded again: were the totals above stored, their layout would be the store's, also where the tiles
+                # need them, and every tile would go through shared memory. Ahead of the loop this takes no registers.
+                row_dx = row_total(sums, 0, of, sizes, P, BLOCK_P)
+                row_d = row_total(sums, 1, of, sizes, P, BLOCK_P)
+                row_ds = row_d
+                if dslope is not None:
+                    row_ds = row_total(sums, 2, of, sizes, P, BLOCK_P)
+                store_parameters(gradients, row_dx, row_d, row_ds, of, NORM)
     if SUMS:
-        sums_dx = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
-        sums_d = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+        sums_dx = zeros(BLOCK, ACC)
+        sums_d = zeros(BLOCK, ACC)
         if slope is not None:
-            sums_ds = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+            sums_ds = zeros(BLOCK, ACC)
     first = share * steps
     last = tl.minimum(first + steps, tiles)
     for step in range(first, last):
@@ -370,4 +376,4 @@ def gradient(
             tl.store(partials + plane + to, row_d, mask=of.live)
             if slope is not None:
                 tl.store(partials + 2 * plane + to, row_ds, mask=of.live)
-        store_parameters(gradients, row_dx, row_d, row_ds, of, sizes, NORM)
+        store_parameters(gradients, row_dx, row_d, row_ds, of, NORM)

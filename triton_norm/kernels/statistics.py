@@ -136,6 +136,7 @@ def partial_statistics(
     only three digits behind the point in float32, and the differences of such means, times their counts, would enter
     the variance.
     """
+    R: tl.constexpr = BLOCK.R
     # Statistics depend on no channel.
     sizes = Sizes(G, K, S, rows, 1, None, None)
     strides = Strides(x_a, x_g, x_k, x_s, None)
@@ -144,10 +145,10 @@ def partial_statistics(
     if NORM.CENTERED:
         anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
     else:
-        anchor = tl.zeros((BLOCK.R, 1), ACC)
+        anchor = tl.zeros((R, 1), ACC)
     n = tl.full((), 0, ACC)
-    mean = tl.zeros((BLOCK.R,), ACC)
-    m2 = tl.zeros((BLOCK.R,), ACC)
+    mean = tl.zeros((R,), ACC)
+    m2 = tl.zeros((R,), ACC)
     for index in range(first, tl.minimum(first + steps, tiles)):
         tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
         n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
@@ -160,11 +161,11 @@ def partial_statistics(
         n += n_tile
     at = tl.program_id(1).to(tl.int64) * rows + block.index
     plane = tl.num_programs(1).to(tl.int64) * rows
-    tl.store(partials + at, tl.zeros((BLOCK.R,), ACC) + n, mask=block.live)
+    tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=block.live)
     tl.store(partials + plane + at, mean, mask=block.live)
     tl.store(partials + 2 * plane + at, m2, mask=block.live)
     if tl.program_id(1) == 0:
-        tl.store(partials + 3 * plane + block.index, tl.reshape(anchor, (BLOCK.R,)), mask=block.live)
+        tl.store(partials + 3 * plane + block.index, tl.reshape(anchor, (R,)), mask=block.live)
 
 
 @triton.jit

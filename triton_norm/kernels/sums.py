@@ -13,6 +13,7 @@ from .tiles import (
     row_block,
     store_columns,
     tile_of,
+    zeros,
 )
 
 
@@ -37,8 +38,8 @@ def column_gradients(
     w = load_columns(weight, k, s, sizes, 1.0, ACC)
     b = load_columns(bias, k, s, sizes, 0.0, ACC)
     first = tl.program_id(1) * steps
-    sum_dzx = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
-    sum_dz = tl.zeros((BLOCK.R, BLOCK.K * BLOCK.S), ACC)
+    sum_dzx = zeros(BLOCK, ACC)
+    sum_dz = zeros(BLOCK, ACC)
     for block in range(first, tl.minimum(first + steps, blocks)):
         of = row_block(block, sizes, BLOCK, NORM, LAYOUT)
         tile = tile_of(of, index, sizes, BLOCK, LAYOUT)

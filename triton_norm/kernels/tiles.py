@@ -103,6 +103,15 @@ def tile_of(rows, index, sizes, BLOCK: tl.constexpr, LAYOUT: tl.constexpr):
 
 
 @triton.jit
+def zeros(BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """One zero for each element of a tile."""
+    # With names: before Triton 3.9 a field that stands in a tuple is no constexpr.
+    R: tl.constexpr = BLOCK.R
+    C: tl.constexpr = BLOCK.K * BLOCK.S
+    return tl.zeros((R, C), ACC)
+
+
+@triton.jit
 def row_offsets(rows, strides, LAYOUT: tl.constexpr):
     a = rows.a.to(tl.int64) * multiple(strides.a, LAYOUT.G_OF * LAYOUT.S_OF)
     return (a + rows.g.to(tl.int64) * multiple(strides.g, LAYOUT.S_OF))[:, None]
@@ -210,7 +219,8 @@ def _bytes(rows, tile, sizes, BLOCK: tl.constexpr):
 @triton.jit
 def store_bits(pointer, on, rows, tile, sizes, BLOCK: tl.constexpr):
     """Packs a tile's predicate, eight columns to a byte, into (rows, K, S / 8). S is a multiple of 8."""
-    eighths = tl.reshape(on.to(tl.int32), (BLOCK.R, BLOCK.K * BLOCK.S // 8, 8))
+    EIGHTHS: tl.constexpr = BLOCK.K * BLOCK.S // 8
+    eighths = tl.reshape(on.to(tl.int32), (BLOCK.R, EIGHTHS, 8))
     byte = tl.sum(eighths << tl.arange(0, 8)[None, None, :], 2)
     at, mask = _bytes(rows, tile, sizes, BLOCK)
     tl.store(pointer + at, byte.to(tl.uint8), mask=mask)
@@ -222,4 +232,5 @@ def load_bits(pointer, rows, tile, sizes, BLOCK: tl.constexpr):
     at, mask = _bytes(rows, tile, sizes, BLOCK)
     byte = tl.load(pointer + at, mask=mask, other=0).to(tl.int32)
     eighths = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
-    return tl.reshape(eighths, (BLOCK.R, BLOCK.K * BLOCK.S)) != 0
+    C: tl.constexpr = BLOCK.K * BLOCK.S
+    return tl.reshape(eighths, (BLOCK.R, C)) != 0
