@@ -27,7 +27,12 @@ LAYOUTS = {
     # One element off: nothing that 16 divides.
     "misaligned": lambda t: torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape).copy_(t),
 }
-DTYPES = (torch.float32, torch.float16, torch.float64)
+#: The layouts that each dtype is tried in.
+DTYPES = {
+    torch.float32: tuple(LAYOUTS),
+    torch.float16: ("contiguous", "channels_last"),
+    torch.float64: ("contiguous",),
+}
 
 launched: list[tuple] = []
 
@@ -99,9 +104,7 @@ def arguments(shape: tuple[int, ...], residual: bool, dtype: torch.dtype, layout
 
 def compare() -> None:
     """Every kind, layout and dtype, in both directions: found again, and as Triton's users launch."""
-    for dtype, layout in itertools.product(DTYPES, LAYOUTS):
-        if dtype == torch.float64 and layout != "contiguous":
-            continue
+    for dtype, layout in ((dtype, layout) for dtype, layouts in DTYPES.items() for layout in layouts):
         for name, layer, shape, residual in layers(dtype):
             layer = layer.double() if dtype == torch.float64 else layer
             x, r = arguments(shape, residual, dtype, layout)
