@@ -1,6 +1,6 @@
 """Norms whose affine is not a parameter but comes with the call: from a style, from labels, or from a map."""
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ class AdaIN2d(Fused):
     padding.
     """
 
-    _extras: ClassVar[dict[str, Any]] = InstanceNorm._extras
+    _extras = InstanceNorm._extras
     _dims = 2
 
     def __init__(
@@ -44,7 +44,7 @@ class AdaIN2d(Fused):
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
-        fused = {"weight": scale, "bias": shift, **fused}
+        fused = {"weight": scale, "bias": shift, "unbiased": self.unbiased, **fused}
         return self._call_with(("instance", None, True, 0.0), input, residual, fused, None, None, None)
 
     def extra_repr(self) -> str:
