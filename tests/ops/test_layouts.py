@@ -11,12 +11,10 @@ from torch import Tensor, nn
 import triton_norm as tn
 
 SHAPE = (2, 4, 5, 8)
+#: The name of a module, and its arguments.
 NORMS = {
-    "batch": (lambda: tn.BatchNorm2d(4, activation="silu"), lambda: nn.BatchNorm2d(4)),
-    "instance": (lambda: tn.InstanceNorm2d(4, affine=True, activation="silu"), lambda: nn.InstanceNorm2d(4, affine=True)),
-    "group": (lambda: tn.GroupNorm(2, 4, activation="silu"), lambda: nn.GroupNorm(2, 4)),
-    "layer": (lambda: tn.LayerNorm((5, 8), activation="silu"), lambda: nn.LayerNorm((5, 8))),
-    "rms": (lambda: tn.RMSNorm(8, activation="silu"), lambda: nn.RMSNorm(8, eps=torch.finfo(torch.float32).eps)),
+    "batch": ("BatchNorm2d", 4), "instance": ("InstanceNorm2d", 4, 1e-5, 0.1, True), "group": ("GroupNorm", 2, 4),
+    "layer": ("LayerNorm", (5, 8)), "rms": ("RMSNorm", 8),
 }  # fmt: skip
 
 
@@ -51,14 +49,18 @@ class Pair:
     """A module of ours, and torch's in float64, with the same parameters."""
 
     def __init__(self, kind: str, device: str) -> None:
-        ours, theirs = NORMS[kind]
-        self.ours, self.theirs = ours().to(device), theirs().double()
+        name, *arguments = NORMS[kind]
+        self.ours = getattr(tn, name)(*arguments, activation="silu").to(device)
+        self.theirs = getattr(nn, name)(*arguments).double()
         self.device = device
         for seed, p in enumerate(self.ours.parameters()):
             p.data.copy_(normal(p.shape, seed, device))
 
     def check(self, x: Tensor, residual: Tensor, dy: Tensor, unpack: Callable[[Tensor], Tensor] = lambda t: t) -> None:
         """One step; what ours saved for its backward pass is given back as ``unpack`` makes it."""
+        if isinstance(self.ours, nn.RMSNorm):
+            # Without one of its own it goes with the dtype.
+            self.theirs.eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
         names = [name for name, _ in self.ours.named_parameters()]
         for name, p in self.ours.named_parameters():
             getattr(self.theirs, name).data.copy_(p.detach().double().cpu())
@@ -126,9 +128,6 @@ def test_dtypes(backend, kind):
                               (torch.bfloat16, torch.float32), (torch.float64, torch.float64),
                               (torch.float16, torch.float32), (torch.float32, torch.float32)):  # fmt: skip
         pair.ours.to(parameters)
-        if kind == "rms":
-            # Without one of its own, it goes with the dtype.
-            pair.theirs.eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
         pair.check(*operands(backend.device, dtype))
 
 

@@ -7,8 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import arguments, assert_close, broadcast, call, check, torchs
-from test_functional import LAYOUTS, SMOOTH
+from oracle import LAYOUTS, SMOOTH, arguments, assert_close, broadcast, call, check, torchs
 from torch import nn
 
 import triton_norm as tn
