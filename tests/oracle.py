@@ -58,6 +58,23 @@ def torchs(name: str, *args, **options) -> nn.Module:
     return module
 
 
+#: Differentiable everywhere, any number of times.
+SMOOTH = ["gelu", "gelu_tanh", "silu", "mish", "softplus", "sigmoid", "logsigmoid", "tanh", None]
+
+#: Ways for the numbers of an image to lie in memory.
+LAYOUTS = {
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "every_other_column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
+    "inner_window": lambda x: F.pad(x, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
+    "some_channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
+    "channels_last_window": lambda x: F.pad(x, (1, 2, 2, 1)).contiguous(memory_format=torch.channels_last)[
+        :, :, 2:-1, 1:-2
+    ],
+    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
+}
+
 #: Kinds that normalize trailing dims.
 ROWS = ("layer", "rms")
 

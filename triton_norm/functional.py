@@ -165,5 +165,7 @@ def channel_norm(
 
 
 def hashable(normalized_shape: Any) -> Any:
-    """A list as a tuple; anything else is for torch to judge."""
-    return tuple(normalized_shape) if isinstance(normalized_shape, list) else normalized_shape
+    """Ints as a tuple; anything else is for torch to judge, and has no hash where it may equal ints, as (6.0,) does."""
+    if isinstance(normalized_shape, (tuple, list)):
+        return (tuple if all(type(size) is int for size in normalized_shape) else list)(normalized_shape)
+    return normalized_shape

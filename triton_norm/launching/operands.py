@@ -90,8 +90,9 @@ def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
     ):
         weight, bias = (p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, bias))
     if spec.padding == 0:
-        walked, _ = walk(spec, affine)
-        if view(walked, x.shape, x.stride(), plain.stride(), spec.width(x.shape)) is None:
+        walked, per_channel = walk(spec, affine)
+        ways = (walked, "batch") if per_channel else (walked,)
+        if any(view(way, x.shape, x.stride(), plain.stride(), spec.width(x.shape)) is None for way in ways):
             x = torch.empty_like(plain).copy_(x)
     else:
         x = dense(x)

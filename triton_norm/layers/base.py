@@ -22,11 +22,15 @@ class Activated(nn.Module):
     def _construct(self, *args: Any, activation: None | str | nn.Module, **options: Any) -> None:
         resolve(activation)
         super().__init__(*args, **options)
-        if isinstance(activation, nn.PReLU):
-            self.activation = activation
+        self.activation = activation
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "activation" and not isinstance(value, nn.PReLU):
+            # Not through nn.Module's: an activation without parameters is a setting, not a submodule.
+            self._modules.pop(name, None)
+            self.__dict__[name] = value
         else:
-            # Not through nn.Module's __setattr__: an activation without parameters is a setting, not a submodule.
-            self.__dict__["activation"] = activation
+            super().__setattr__(name, value)
 
     def _call(
         self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..functional import hashable
 from .base import Activated, Affine, Fused, running_of
 from .checks import check_4d
 
@@ -187,7 +186,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
-        asked = ("layer", hashable(self.normalized_shape), True, 0.0)
+        asked = ("layer", self.normalized_shape, True, 0.0)
         return self._call(asked, input, residual, fused, None, None, None)
 
 
@@ -210,7 +209,7 @@ class RMSNorm(Activated, nn.RMSNorm):
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
-        asked = ("rms", hashable(self.normalized_shape), True, 0.0)
+        asked = ("rms", self.normalized_shape, True, 0.0)
         return self._call(asked, input, residual, fused, None, None, None)
 
 
@@ -240,5 +239,5 @@ class LayerNorm2d(Fused, nn.LayerNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
         check_4d(input)
-        asked = ("channels", hashable(self.normalized_shape), True, 0.0)
+        asked = ("channels", self.normalized_shape, True, 0.0)
         return self._call(asked, input, residual, fused, None, None, None)

@@ -27,14 +27,16 @@ def check(spec: Spec, o: Operands) -> bool:
     weight, bias = (None, None) if is_wide(spec, o) else (o.weight, o.bias)
     narrow = Operands(o.x, weight, bias, None, None, o.running_mean, o.running_var)
     fits = _fits(spec, narrow)
+    # A cumulative average, which torch's modules, not its functions, know.
+    momentum = 0.0 if spec.momentum is None and o.count is not None else spec.momentum
     if not (
         fits
         and (spec.use_stats is True or (spec.use_stats is False and o.running_mean is not None))
-        and (isinstance(spec.momentum, (float, int)) or o.count is not None)
+        and isinstance(momentum, (float, int))
         and isinstance(spec.eps, (float, int))
         and spec.eps > 0
     ):
-        _ask_torch(spec, narrow)
+        _ask_torch(spec, narrow, momentum)
     return check_fused(spec, o.x, o.residual, o.slope) and fits
 
 
@@ -100,10 +102,10 @@ def _fits(spec: Spec, o: Operands) -> bool:
     return dtype is None or dtype == x.dtype or (dtype == torch.float32 and x.dtype != torch.float64)
 
 
-def _ask_torch(spec: Spec, o: Operands) -> None:
+def _ask_torch(spec: Spec, o: Operands, momentum: float) -> None:
     """Raises what torch raises for these arguments, if anything; the running statistics are not touched."""
     mean, var = (s.clone() if isinstance(s, Tensor) else s for s in (o.running_mean, o.running_var))
-    reference.norm(spec, Operands(o.x, o.weight, o.bias, None, None, mean, var), spec.eps, spec.momentum)
+    reference.norm(spec, Operands(o.x, o.weight, o.bias, None, None, mean, var), spec.eps, momentum)
 
 
 def _describe(t: Tensor) -> str:

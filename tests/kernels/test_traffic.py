@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
+from triton.runtime.interpreter import GridExecutor
 
 import triton_norm as tn
 from bench.counting import counting
+from triton_norm.cli.counting import cpu_launches
 from triton_norm.launching import devices
 from triton_norm.tuning.plan import Device
 
@@ -185,3 +188,53 @@ def test_the_counter_counts_a_copy():
     assert launch.kernel == "persistent_forward"
     assert launch.read == x.numel() * 4
     assert launch.written == x.numel() * 4 + 2 * 2 * 4
+
+
+#: A layer, the shape of its input, and how many kernels a training step launches: forward, and backward.
+LAUNCHES = {
+    "batch": (lambda: tn.BatchNorm2d(8, activation="relu"), (4, 8, 8, 8), (1, 1)),
+    "batch, residual": (lambda: tn.BatchNorm2d(8, activation="relu"), (4, 8, 8, 8), (1, 1)),
+    "batch, cumulative": (lambda: tn.BatchNorm2d(8, momentum=None), (4, 8, 8, 8), (1, 1)),
+    "instance of one": (lambda: tn.InstanceNorm2d(8, affine=True, activation="relu"), (1, 8, 8, 8), (1, 1)),
+    "instance of two": (lambda: tn.InstanceNorm2d(8, affine=True, activation="relu"), (2, 8, 8, 8), (1, 2)),
+    "instance, no affine": (lambda: tn.InstanceNorm2d(8, activation="relu"), (2, 8, 8, 8), (1, 1)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_launches_of_a_training_step(name, layout):
+    """Seen by a dispatch mode, which takes another way, or by nobody."""
+    make, shape, expected = LAUNCHES[name]
+    module = make()
+    x = torch.randn(shape).contiguous(memory_format=LAYOUTS[layout]).requires_grad_()
+    residual = torch.randn_like(x).requires_grad_() if "residual" in name else None
+    leaves = [x, *module.parameters(), *([] if residual is None else [residual])]
+    y, forward = cpu_launches(lambda: module(x, residual=residual), interpreted=True)
+    dy = torch.randn_like(y)
+    _, backward = cpu_launches(lambda: torch.autograd.grad(y, leaves, dy), interpreted=True)
+    assert forward == (0, expected[0])
+    assert backward == (0, expected[1])
+    with counting() as count:
+        y = module(x, residual=residual)
+    with counting() as again:
+        torch.autograd.grad(y, leaves, dy)
+    assert (len(count.launches), len(again.launches)) == expected
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_no_operator_beside_the_launches(name, monkeypatch):
+    """Nothing but allocations, and what counts the batches that a cumulative average is one of."""
+    make, shape, _ = LAUNCHES[name]
+    module, x = make(), torch.randn(shape, requires_grad=True)
+    residual = torch.randn_like(x).requires_grad_() if "residual" in name else None
+    leaves, dy = [x, *module.parameters(), *([] if residual is None else [residual])], torch.randn_like(x)
+    # The interpreter itself uses operators.
+    monkeypatch.setattr(GridExecutor, "__call__", lambda *_, **__: None)
+    for _ in range(2):
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            torch.autograd.grad(module(x, residual=residual), leaves, dy)
+    operators = {event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")}
+    assert "empty_like" in operators
+    free = {"empty_like", "new_empty", "empty", "empty_strided", "new_empty_strided", "detach", "view_as", "view"}
+    assert operators - free == ({"add_"} if "cumulative" in name else set())

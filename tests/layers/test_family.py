@@ -7,12 +7,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import arguments, assert_close, broadcast, call, check, torchs
-from test_functional import LAYOUTS, SMOOTH
+from oracle import LAYOUTS, SMOOTH, arguments, assert_close, broadcast, call, check, torchs
 from torch import nn
 
 import triton_norm as tn
 from triton_norm import functional
+from triton_norm.layers import sync
 from triton_norm.ops import call as calls
 from triton_norm.ops.checks import matched
 
@@ -719,7 +719,7 @@ def test_synchronized(backend, name, monkeypatch):
     twin = randomized(copy.deepcopy(module))
     module = tn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(twin))
     monkeypatch.setattr(tn.SyncBatchNorm, "_peers", lambda self, input: ("group", 2))
-    monkeypatch.setattr(tn.modules, "_synchronized", _OneRank)
+    monkeypatch.setattr(sync, "_synchronized", _OneRank)
     if name == "SyncBatchNorm":
         twin = tn.BatchNorm2d(4, activation="relu").to(backend.device)
         twin.load_state_dict(module.state_dict())

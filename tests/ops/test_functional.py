@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import BY_NAME, Arguments, arguments, assert_close, broadcast, check
+from oracle import BY_NAME, LAYOUTS, SMOOTH, Arguments, arguments, assert_close, broadcast, check
 from torch import nn
 
 import triton_norm as tn
@@ -90,20 +90,6 @@ def test_shapes(backend, kind, shape):
 @pytest.mark.parametrize("kind", KINDS)
 def test_single_elements_in_eval(backend, kind, shape):
     check(arguments(kind, shape, device=backend.device, statistics=True, use_stats=False))
-
-
-LAYOUTS = {
-    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "batch_last": lambda x: x.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
-    "every_other_column": lambda x: x.repeat_interleave(2, 3)[..., ::2],
-    "inner_window": lambda x: F.pad(x, (1, 2, 2, 1))[:, :, 2:-1, 1:-2],
-    "some_channels": lambda x: torch.cat([x, x], 1)[:, : x.shape[1]],
-    "channels_last_window": lambda x: F.pad(x, (1, 2, 2, 1)).contiguous(memory_format=torch.channels_last)[
-        :, :, 2:-1, 1:-2
-    ],
-    "offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape),
-}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -262,9 +248,6 @@ def test_constant_input(backend, kind):
     a = arguments(kind, device=backend.device, statistics=True)
     a.x.fill_(3.0)
     check(a)
-
-
-SMOOTH = ["gelu", "gelu_tanh", "silu", "mish", "softplus", "sigmoid", "logsigmoid", "tanh", None]
 
 
 def differentiable_arguments(kind, device, activation):
