@@ -175,3 +175,30 @@ def test_backend_variable(kind, monkeypatch, backend):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "neither")
     with pytest.raises(ValueError, match="must be 'torch' or 'triton'"):
         module(tensor(*SHAPE, seed=7).to(backend.device))
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+def test_compiled(backend, kind):
+    """Compiled anew, or with numbers that the compiler holds variable."""
+    module = made(kind, backend)
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    x = tensor(*SHAPE, seed=7).to(backend.device)
+    for eps, activation in ((1e-5, "relu"), (0.5, "relu"), (3.0, nn.LeakyReLU(0.3)), (3.0, nn.LeakyReLU(0.6))):
+        module.eps, module.activation = eps, activation
+        for leaf in (x, x.clone().requires_grad_()):
+            expected = want(kind, module, x)
+            assert_close(compiled(leaf), expected, torch.float32)
+
+
+def test_compiled_function(backend):
+    """Of numbers that change from call to call: an int and a float."""
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(x: Tensor, n: int, eps: float) -> Tensor:
+        return tn.functional.group_norm(x, n, eps=eps, activation="silu", padding=n)
+
+    x = tensor(2, 6, 5, 5, seed=7)
+    for n, eps in ((1, 1e-5), (2, 0.25), (3, 2.0)):
+        expected = pad(F.silu(F.group_norm(x.double(), n, eps=eps)), n, "reflect")
+        assert_close(compiled(x.to(backend.device), n, eps), expected, torch.float32)

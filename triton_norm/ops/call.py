@@ -84,7 +84,7 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     ``is_traced`` is whether somebody looks at operators: the compiler, functorch or a dispatch mode.
     """
     if spec.argument is not None and isinstance(o.x, Tensor):
-        halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in o[:4])
+        halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in (o.x, o.weight, o.bias, o.residual))
         if halves and _runs_in_float32(spec.kind, o.x.device.type):
             return lambda *operands: normalize(spec, *_cast(*operands))
         if spec.eps is None and spec.kind == "rms":
@@ -121,7 +121,8 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
         return call
 
-    def around(x: Tensor, weight, bias, residual, slope, *rest: Tensor | None) -> Result:
+    # Not annotated: the compiler of older releases of torch does not know unions.
+    def around(x, weight, bias, residual, slope, *rest):
         y = call(x, weight, bias, residual, None if slope_behind else slope, *rest)
         if slope_behind:
             y = reference.finish(y, x, None, reference.on_torch(spec, slope, x))

@@ -147,7 +147,9 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     if wanted[3] and passes_on(spec):
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
-    found = _NormalizeBackward.apply(saved.dy, saved.dplain, *o[:7], saved.statistics, saved.bits, spec, wanted)
+    # The count goes. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
+    *operands, _ = tuple(o)
+    found = _NormalizeBackward.apply(saved.dy, saved.dplain, *operands, saved.statistics, saved.bits, spec, wanted)
     return _spread(found, wanted)
 
 
