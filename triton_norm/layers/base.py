@@ -50,9 +50,9 @@ class Activated(nn.Module):
         self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
         *running: Tensor | None,
     ) -> Result:  # fmt: skip
-        if not self._extras.issuperset(fused):
-            unknown = next(name for name in fused if name not in self._extras)
-            raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {unknown!r}")
+        for name in fused:
+            if name not in self._extras:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
         weight, bias = (
             (fused["weight"], fused["bias"]) if "weight" in fused and "bias" in fused else parameters_of(self)
         )
