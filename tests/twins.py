@@ -1,7 +1,8 @@
-"""Compares a model with its plain PyTorch twin in float64: three training steps, evaluation, state."""
+"""Compares a model with its plain PyTorch twin in float64: three training steps, evaluation, state; and operators."""
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-7}
 
@@ -57,3 +58,20 @@ def check(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor, steps: int 
         model.eval()
     torch.testing.assert_close(ours(*inputs), theirs(*inputs), **TOLERANCE)
     theirs.load_state_dict(ours.state_dict())
+
+
+class Operators(TorchDispatchMode):
+    """The aten operators that run inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **(kwargs or {}))
+
+    def separate(self):
+        """Those that pad, add or activate."""
+        kinds = ("pad", "aten::add", "relu", "threshold")
+        return [name for name in self.names if name.startswith("aten::") and any(kind in name for kind in kinds)]

@@ -184,14 +184,12 @@ def test_networks(name):
 
 def test_a_fused_cyclegan_block_is_two_launches(monkeypatch):
     """The whole generator: one launch a norm, and no padding but those of tensors that no norm wrote."""
-    from test_blocks import Operators
-
     model = plain.ResnetGenerator(1, 1, 2, nn.InstanceNorm2d, n_blocks=2)
     x = torch.randn(1, 1, 8, 8)
     want = model(x)
     fused = tn.fuse(model)
     monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
-    with counting() as count, Operators() as operators, torch.no_grad():
+    with counting() as count, twins.Operators() as operators, torch.no_grad():
         y = fused(x)
     torch.testing.assert_close(y, want, atol=1e-5, rtol=1e-4)
     assert len(count.launches) == sum(isinstance(m, nn.InstanceNorm2d) for m in model.modules())

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 import twins
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
 from bench.counting import counting
@@ -209,23 +208,6 @@ def test_chain_of_resnet_blocks(monkeypatch, padding_type):
     twins.check(ours, twins.randomize(theirs), normal(2, 3, 4, 5), steps=1)
 
 
-class Operators(TorchDispatchMode):
-    """The aten operators that run inside, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(function.name())
-        return function(*args, **(kwargs or {}))
-
-    def separate(self):
-        """Those that pad, add or activate."""
-        kinds = ("pad", "aten::add", "relu", "threshold")
-        return [name for name in self.names if name.startswith("aten::") and any(kind in name for kind in kinds)]
-
-
 @pytest.mark.parametrize("padding_type", ["reflect", "replicate"])
 def test_a_resnet_block_is_two_launches(monkeypatch, padding_type):
     """Inside a chain: the input comes padded and plain, and goes on padded and plain."""
@@ -233,7 +215,7 @@ def test_a_resnet_block_is_two_launches(monkeypatch, padding_type):
     block = ResnetBlock(4, padding_type)
     x = torch.randn(2, 4, 6, 6)
     pair = (F.pad(x, (1, 1, 1, 1), padding_type), x)
-    with counting() as count, Operators() as operators, torch.no_grad():
+    with counting() as count, twins.Operators() as operators, torch.no_grad():
         padded, y = block(pair, pad_output=True)
     theirs = plain.ResnetBlock(4, padding_type, nn.InstanceNorm2d, False, True)
     theirs.load_state_dict(block.state_dict())
@@ -247,7 +229,7 @@ def test_a_resnet_block_is_two_launches(monkeypatch, padding_type):
 def test_the_operators_of_the_plain_block_are_seen(monkeypatch):
     """So that the test above can fail."""
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
-    with Operators() as operators, torch.no_grad():
+    with twins.Operators() as operators, torch.no_grad():
         plain.ResnetBlock(4, "reflect", nn.InstanceNorm2d, False, True)(torch.randn(2, 4, 6, 6))
     assert len(operators.separate()) >= 4
 

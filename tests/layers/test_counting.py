@@ -35,7 +35,7 @@ def test_three_batches(backend, monkeypatch, anew, momentum, gradients, size):
     if size == "split":
         from triton_norm.tuning import plan
 
-        monkeypatch.setattr(plan, "choose", lambda g, *_: plan.Plan("split", 1, 1, 16, 4, 2 * g.K // 4, 4))
+        monkeypatch.setattr(plan, "choose", lambda g, *_: plan.Plan("split", 1, 2, 32, 2, plan.cdiv(g.K, 4), 4))
         anew()
     ours, theirs = pair(backend, momentum, padding=1 if size == "padded" else 0)
     for seed in range(3):
