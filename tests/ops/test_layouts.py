@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import TOLERANCES, assert_close, assert_close_as_vectors
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import triton_norm as tn
 
@@ -201,3 +202,38 @@ def test_padded_saved_tensors(backend):
                 gradients += torch.autograd.grad(y.square().sum(), leaf)
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], atol=1e-5, rtol=1e-4)
+
+
+class Wrapped(Tensor):
+    """A tensor around another, as quantized and distributed ones are; it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Tensor:
+        return Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda t: t.inner if isinstance(t, cls) else t, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "bias", "residual"])
+def test_tensors_of_another_class(backend, name):
+    """In place of plain ones that lie alike, before them and after."""
+    x, residual, _ = operands(backend.device)
+    given = {"x": x, "weight": normal((4,), 1, backend.device), "bias": normal((4,), 2, backend.device)}
+    given["residual"] = residual
+    for wrapped in (False, True, False, True):
+        for t in given.values():
+            t.mul_(1.1)
+        x, weight, bias, residual = (t.double().cpu() for t in given.values())
+        want = nn.functional.silu(nn.functional.instance_norm(x, weight=weight, bias=bias) + residual)
+        called = given | ({name: Wrapped(given[name])} if wrapped else {})
+        y = tn.functional.instance_norm(called.pop("x"), activation="silu", **called)
+        assert type(y) is Tensor
+        assert_close(y, want, torch.float32)

@@ -69,12 +69,13 @@ def normalize(
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
-        # No tensor, or nothing that has a hash, such as a list: torch says what it thinks of it.
-        return _settle(spec, Operands(*operands))(*operands)
+        # No tensor or one without memory, or nothing that has a hash, such as a list, of which torch says what it thinks.
+        key = call = None
     if call is None:
         o = Operands(*operands)
         call = _settle(spec, o, is_traced=not all(t is None or is_ordinary(t) for t in o))
-        _calls.keep(key, call)
+        if key is not None:
+            _calls.keep(key, call)
     return call(*operands)
 
 
