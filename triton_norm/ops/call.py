@@ -69,7 +69,7 @@ def normalize(
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
-        # No tensor or one without memory, or nothing that has a hash, such as a list, of which torch says what it thinks.
+        # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
         key = call = None
     if call is None:
         o = Operands(*operands)
