@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # The longest come first: a process that met them last would let the others wait.
-    items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_notebooks.py"))
+    items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))
 
 
 @dataclass(frozen=True)

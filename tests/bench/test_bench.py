@@ -16,6 +16,7 @@ from torch import nn
 from bench import contenders, host, kernels, layers, passes, plot, readme, run, session, shapes, traffic
 from bench.offline import Report
 from bench.shapes import Shape
+from triton_norm.kernels.structs import Block, Norm
 
 SMALL = Shape("small", "cyclegan", "instance", (1, 4, 6, 6), activation="relu", padding=1)
 #: bench.run at its smallest.
@@ -455,9 +456,10 @@ def test_session_stages_on_a_gpu_are_the_whole_story(tmp_path, monkeypatch):
     assert session.stages(torch.device("cuda", 0), tmp_path, 480)[2].command[0] == "/bin/compute-sanitizer"
 
 
-def tile(**changes) -> dict:
+def tile(affine="row", rows=1, columns=4096, **changes) -> dict:
     x = torch.empty(0, dtype=torch.float16)
-    base = {"x": x, "y": x, "x_g": 4096, "x_s": 1, "G": 8, "S": 4096, "R": 1, "BLOCK_K": 1, "BLOCK_S": 4096}
+    base = {"x": x, "y": x, "x_g": 4096, "x_s": 1, "G": 8, "S": 4096, "BLOCK": Block(rows, 1, columns)}
+    base["NORM"] = Norm(kernels.AFFINES[affine], False, 1, 1, True, 0, False)
     return base | changes
 
 
@@ -470,18 +472,18 @@ def tile(**changes) -> dict:
         (tile(), {16: 32}, {16: 32}, 8, "spill + narrow loads + narrow stores"),
         (tile(residual=torch.empty(0)), {128: 4}, {128: 4}, 0, "narrow loads"),
         # 49 numbers do not end on 16 bytes; nor do 8 channels_last rows of one number each.
-        (tile(S=49, BLOCK_S=64, x_g=49), {16: 1}, {16: 1}, 0, "ok"),
-        (tile(x_g=1, x_s=16, G=16, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "narrow loads + narrow stores"),
-        (tile(x_g=1, x_s=7, G=7, R=8, BLOCK_S=512), {16: 32}, {16: 32}, 0, "ok"),
-        (tile(x_g=1, x_s=8, R=4, BLOCK_S=1024), {16: 32}, {16: 32}, 0, "ok"),
+        (tile(S=49, columns=64, x_g=49), {16: 1}, {16: 1}, 0, "ok"),
+        (tile(x_g=1, x_s=16, G=16, rows=8, columns=512), {16: 32}, {16: 32}, 0, "narrow loads + narrow stores"),
+        (tile(x_g=1, x_s=7, G=7, rows=8, columns=512), {16: 32}, {16: 32}, 0, "ok"),
+        (tile(x_g=1, x_s=8, rows=4, columns=1024), {16: 32}, {16: 32}, 0, "ok"),
         # Samples of a padded output that start anywhere.
         (tile(y_a=4098), {128: 4}, {16: 32}, 0, "ok"),
         # Where the launch pads, the padded tensor is written where its edges go, the others as ever.
         (tile(PAD=(0, 1)), {128: 4}, {16: 40}, 0, "ok"),
         (tile(PAD=(0, 1), plain=torch.empty(0)), {128: 4}, {16: 40}, 0, "narrow stores"),
         # SPADE's scale and shift are tensors like x; elsewhere they are a number a row.
-        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["element"],)), {128: 4}, {128: 4}, 0, "narrow loads"),
-        (tile(weight=torch.empty(0), NORM=(kernels.AFFINES["row"],)), {128: 4}, {128: 4}, 0, "ok"),
+        (tile("element", weight=torch.empty(0)), {128: 4}, {128: 4}, 0, "narrow loads"),
+        (tile(weight=torch.empty(0)), {128: 4}, {128: 4}, 0, "ok"),
         ({"source": torch.empty(0)}, {32: 9}, {32: 1}, 0, "ok"),
     ],
 )

@@ -69,7 +69,7 @@ def normalize(
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
-        # A tensor without memory; or none, or what has no hash, such as a list: torch says what it thinks of that.
+        # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
         key = call = None
     if call is None:
         o = Operands(*operands)
