@@ -355,7 +355,8 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in ("times", "traffic"))
+SECTIONS = ("host", "times", "traffic")
+README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
 
 
 def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
@@ -488,7 +489,7 @@ def tile(affine="row", rows=1, columns=4096, **changes) -> dict:
     ],
 )
 def test_the_check_of_compiled_code(arguments, loads, stores, spills, verdict):
-    report = Report("kernel", 4, 32, spills, 0, loads, stores, arguments)
+    report = Report("kernel", 4, 32, spills, 0, 0, loads, stores, arguments=arguments)
     assert kernels.judge(report, kernels.Tile.of(report, 32)) == verdict
 
 
