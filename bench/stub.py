@@ -57,5 +57,7 @@ def triton_launcher(name: str) -> StubDriver:
     class TritonLauncher(StubDriver):
         utils = driver.CudaUtils()
         launcher_cls = driver.CudaLauncher
+        # A built-in function, as PyTorch's own is; the device's number will do for a stream's.
+        get_current_stream = int
 
     return TritonLauncher(name)

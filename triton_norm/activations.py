@@ -121,11 +121,11 @@ for _name, _row in ACTIVATIONS.items():
     if _row.module is not None:
         _BY_CLASS.setdefault(_row.module, []).append(_name)
 
-#: Classes whose instances are all alike.
-_BY_PLAIN_CLASS = {
-    cls: Resolved(names[0])
+#: Of classes with one row and no tensor: the row's name, and the attributes of an instance that are its numbers.
+_BY_ONLY_CLASS = {
+    cls: (names[0], tuple([attribute for attribute, _ in ACTIVATIONS[names[0]].parameters]))
     for cls, names in _BY_CLASS.items()
-    if len(names) == 1 and not ACTIVATIONS[names[0]].parameters and names[0] != "prelu"
+    if len(names) == 1 and names[0] != "prelu"
 }
 
 
@@ -140,8 +140,9 @@ def resolve(activation: None | str | nn.Module) -> Resolved:
     if isinstance(activation, str):
         if activation in _BY_NAME:
             return _BY_NAME[activation]
-    elif type(activation) in _BY_PLAIN_CLASS:
-        return _BY_PLAIN_CLASS[type(activation)]
+    elif type(activation) in _BY_ONLY_CLASS:
+        name, attributes = _BY_ONLY_CLASS[type(activation)]
+        return Resolved(name, tuple([float(getattr(activation, attribute)) for attribute in attributes]))
     else:
         for name in _BY_CLASS.get(type(activation), ()):
             row = ACTIVATIONS[name]

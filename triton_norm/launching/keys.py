@@ -12,12 +12,12 @@ _ORDINARY = {Tensor, torch.nn.Parameter}
 is_compiling = torch.compiler.is_compiling
 functorch_is_active = torch._C._are_functorch_transforms_active
 any_autocast = torch._C._is_any_autocast_enabled
-_dispatch_modes = torch._C._len_torch_dispatch_stack
+dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether nobody traces or transforms x or looks at dispatched operators, so that kernels may just be launched."""
-    return not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not _dispatch_modes()
+    return not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not dispatch_modes()
 
 
 class Table(dict):

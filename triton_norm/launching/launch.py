@@ -31,6 +31,13 @@ def _is_known(version: str) -> bool:
 
 _DIRECT = AVAILABLE and not INTERPRETED and _is_known(triton.__version__)
 
+if _DIRECT:
+    # Who wants to be told of launches, such as a profiler, adds itself to these chains or, in older releases and in
+    # others by force, takes their place.
+    _RUNTIME = triton.knobs.runtime
+    _ENTER, _LEAVE = _RUNTIME.launch_enter_hook, _RUNTIME.launch_exit_hook
+    _ENTER_CALLS, _LEAVE_CALLS = getattr(_ENTER, "calls", ()), getattr(_LEAVE, "calls", ())
+
 
 class Launch:
     """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; called with the pointers.
@@ -49,7 +56,12 @@ class Launch:
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
         run, device = self._run, self._device
-        if run is None or _is_hooked() or (device is not None and device != torch.cuda.current_device()):
+        if (
+            run is None
+            or _ENTER_CALLS or _RUNTIME.launch_enter_hook is not _ENTER
+            or _LEAVE_CALLS or _RUNTIME.launch_exit_hook is not _LEAVE
+            or (device is not None and device != torch.cuda.current_device())
+        ):  # fmt: skip
             self._launch(pointers)
         else:
             run(*self._grid, self._stream(device or 0), *self._first, *pointers, *self._constants)
@@ -64,11 +76,3 @@ class Launch:
                 self._first = (compiled.function, compiled.packed_metadata, None, None, None)
                 self._stream = triton.runtime.driver.active.get_current_stream
                 self._run = compiled.run
-
-
-def _is_hooked() -> bool:
-    """Whether somebody, such as a profiler, wants to be told of launches."""
-    runtime = triton.knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    # A chain of hooks or, in older releases, one hook or None.
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

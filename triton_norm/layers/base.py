@@ -43,7 +43,8 @@ class Activated(nn.Module):
         if fused:
             return self._call_with(asked, input, residual, fused, *running)
         name, numbers, slope = resolve(self.activation)
-        spec = Spec(*asked, self.eps, name, numbers, self.padding, self.padding_mode)
+        # In the order of a ``Spec``, which is only made where the call is not found.
+        spec = (*asked, self.eps, name, numbers, self.padding, self.padding_mode, False, False, 0)
         return self._run(spec, input, *parameters_of(self), residual, slope, *running)
 
     def _call_with(

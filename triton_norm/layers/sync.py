@@ -46,9 +46,10 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         return super().forward(input, residual, **fused)
 
     def _run(
-        self, spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
+        self, spec: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
         slope: Tensor | None, *running: Tensor | None,
     ) -> Result:  # fmt: skip
+        spec = Spec(*spec)
         group, ranks = self._peers(x) if self.training else (None, 1)
         if ranks == 1:
             return normalize(spec, x, weight, bias, residual, slope, *running)

@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from ..launching import bound
 from ..launching.backward import Backward, Saved
 from ..launching.forward import Forward
-from ..launching.keys import HIP, is_ordinary, layouts
+from ..launching.keys import HIP, dispatch_modes, functorch_is_active, layouts
 from ..spec import Operands, Spec
 from . import traced
 from .traced import keeps_bits, pass_on, passes_on, saved_of
@@ -43,10 +43,6 @@ class Kernels:
             return _apply(self, (mean, var, count), x, weight, bias, residual, slope)
         y, _, _, plain = (self._inference or self._bind_forward(operands, False))(operands)
         return y if plain is None else (y, plain)
-
-    def forward(self, operands: tuple[Tensor | None, ...]) -> tuple:
-        """What ``Forward`` gives, with all that a backward pass needs."""
-        return (self._training or self._bind_forward(operands, True))(operands)
 
     def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
         o, name = Operands(*operands), "_training" if differentiable else "_inference"
@@ -90,7 +86,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, call: Kernels, running: tuple[Tensor | None, ...], *operands: Tensor | None):
         o = operands + running
-        y, statistics, bits, plain = call.forward(o)
+        y, statistics, bits, plain = (call._training or call._bind_forward(o, True))(o)
         ctx.call, ctx.statistics, ctx.bits = call, statistics, bits
         ctx.save_for_backward(*saved_of(call.spec, o, bits))
         if plain is None:
@@ -102,10 +98,11 @@ class _Normalize(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None = None):
         call, o, wanted = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
         saved = (dy, dplain, ctx.statistics, ctx.bits)
-        if type(dy) is not Tensor or is_grad_enabled() or not is_ordinary(o[0]):
+        # Whoever traces this has a dy of another type, or looks at operators.
+        if type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes():
             return None, None, *traced.backward(call.spec, Operands(*o), Saved(*saved), wanted)
         return None, None, *call.backward(o, saved, wanted)
 
 
-# Past ``Function.apply``, which looks for what ``is_ordinary`` has looked for already.
+# Past ``Function.apply``, which looks for transforms that have been looked for already.
 _apply = super(torch.autograd.Function, _Normalize).apply

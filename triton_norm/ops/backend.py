@@ -1,6 +1,8 @@
 """Who computes: the kernels, compiled or interpreted, or plain PyTorch."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -18,9 +20,8 @@ _KEY = os.environ.encodekey(VARIABLE) if _DATA is not None else VARIABLE
 _VALUES = os.environ if _DATA is None else _DATA
 
 
-def setting() -> object:
-    """The environment's word, whatever it is: to be compared with another."""
-    return _VALUES.get(_KEY)
+#: The environment's word, whatever it is: to be compared with another.
+setting: Callable[[], object] = partial(_VALUES.get, _KEY)
 
 
 def of(x: Tensor) -> str:

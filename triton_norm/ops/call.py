@@ -25,18 +25,19 @@ _calls: dict[tuple, Call] = Table()
 
 
 def normalize(
-    spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
+    spec: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, count: Tensor | None,
 ) -> Result:  # fmt: skip
     """``pad(activation(norm(x) * weight + bias + residual))`` as ``spec`` says; a pair with ``return_unpadded``.
 
-    The operands are those of ``spec.Operands``. Where statistics are taken, ``count`` counts this batch. Raises torch's
+    ``spec`` is a ``Spec`` or a tuple in its order, which takes less to make, and the operands are in that of
+    ``Operands``. Where statistics are taken, ``count`` counts this batch. Raises torch's
     own errors, and ``ValueError`` for an unsuitable residual, affine or padding mode; running statistics and ``count``
     are unchanged then.
     """
     operands = (x, weight, bias, residual, slope, running_mean, running_var, count)
     if not is_ordinary(x):
-        return _settle(spec, Operands(*operands), is_traced=True)(*operands)
+        return _settle(Spec(*spec), Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
     # A device's number is compared faster than the device, and memory tells one without a number from no device at all.
     try:
@@ -73,7 +74,7 @@ def normalize(
         key = call = None
     if call is None:
         o = Operands(*operands)
-        call = _settle(spec, o, is_traced=not all(t is None or is_ordinary(t) for t in o))
+        call = _settle(Spec(*spec), o, is_traced=not all(t is None or is_ordinary(t) for t in o))
         if key is not None:
             _calls.keep(key, call)
     return call(*operands)
