@@ -12,7 +12,7 @@ def forget() -> None:
     """What a new process knows."""
     autotune._state = autotune._State()
     autotune._warned.clear()
-    autotune._changed()
+    autotune.forget()
 
 
 def file() -> Path:

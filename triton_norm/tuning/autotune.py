@@ -104,16 +104,12 @@ def on_change(listener: Callable[[], None]) -> None:
 changes = 0
 
 
-def _changed() -> None:
+def forget() -> None:
+    """Has all that was found with a plan be found anew."""
     global changes
     changes += 1
     for listener in _listeners:
         listener()
-
-
-def forget() -> None:
-    """Has all that depends on plans be found anew."""
-    _changed()
 
 
 def _warn(topic: str, message: str) -> None:
@@ -159,14 +155,14 @@ def mode(value: str | int, budget: float | None = None) -> Iterator[None]:
     _settings = (_checked(value, "mode"), _settings[1] if budget is None else budget)
     if budget is not None:
         _state.spent = 0.0
-    _changed()
+    forget()
     try:
         yield
     finally:
         _settings = before
         if budget is not None:
             _state.spent = spent
-        _changed()
+        forget()
 
 
 @contextmanager
@@ -174,7 +170,7 @@ def recording() -> Iterator[dict[tuple[str | None, str], Problem]]:
     """Collects the problems that are met inside the block, each once."""
     global _met
     before, _met = _met, {}
-    _changed()
+    forget()
     try:
         yield _met
     finally:
@@ -242,7 +238,7 @@ def tune(problem: Problem) -> None:
                 _search(problem, start)
             finally:
                 _state.spent += time.monotonic() - start
-        _changed()
+        forget()
 
 
 def _search(problem: Problem, start: float) -> None:
@@ -355,7 +351,7 @@ def clear() -> None:
                 file.unlink(missing_ok=True)
         _state = _State()
         _warned.clear()
-        _changed()
+        forget()
 
 
 def tuned() -> Table:
@@ -385,4 +381,4 @@ def load(path: str | os.PathLike) -> None:
     with _lock:
         for target, entries in found.items():
             _state.loaded.setdefault(target, {}).update(entries)
-        _changed()
+        forget()
