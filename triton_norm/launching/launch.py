@@ -2,14 +2,17 @@
 
 ``kernel[grid](...)`` looks at every argument of every launch, to find which compiled kernel they ask for: some 16 µs
 for these kernels' 40 arguments. A bound launch does that once, keeps the ``CompiledKernel``, and from then on calls its
-launcher, as ``JITFunction.run`` does in the releases named below. Other releases, kernels in the interpreter and
-launches under a profiler's hooks go through ``kernel[grid]`` every time.
+launcher, as ``JITFunction.run`` does in the releases named below; and of that only the part in C, where the part in
+Python, which takes as long, has nothing to add. Other releases, kernels in the interpreter and launches under a
+profiler's hooks go through ``kernel[grid]`` every time.
 
 Triton compiles for pointers that 16 divides, so who binds a launch must bind another for pointers that it does not.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from copy import copy
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,6 +42,42 @@ if _DIRECT:
     _ENTER_CALLS, _LEAVE_CALLS = getattr(_ENTER, "calls", ()), getattr(_LEAVE, "calls", ())
 
 
+class Entry(NamedTuple):
+    """How a compiled kernel is launched: ``function(*before, stream, *behind, *arguments)``, or these as one tuple."""
+
+    function: Callable[..., object]
+    before: tuple
+    behind: tuple
+    packs: bool
+
+    @staticmethod
+    def of(compiled: Any, grid: tuple[int, int, int], arguments: tuple) -> "Entry":
+        """Triton's launcher, or what it calls itself if that is all it does."""
+        call = (*grid, _STREAM, compiled.function, compiled.packed_metadata, None, None, None)
+        whole = Entry(compiled.run, call[:3], call[4:], False)
+        settings = getattr(compiled.run, "__dict__", {})
+        if not callable(settings.get("launch")) or any(settings.get(name) for name in _ALLOCATES):
+            return whole
+        # It takes down what it is given, in the place of the part in C; a copy, since others may be launching.
+        told: list = []
+        launcher = copy(compiled.run)
+        launcher.launch = lambda *given: told.extend(given)
+        launcher(*call, *arguments)
+        packs = bool(told) and isinstance(told[-1], tuple) and len(told[-1]) == len(arguments)
+        last = told[-1] if packs else told[-len(arguments) :]
+        first = told[: -1 if packs else -len(arguments)]
+        places = [i for i, value in enumerate(first) if value is _STREAM]
+        if len(places) != 1 or any(a is not b for a, b in zip(last, arguments, strict=True)):
+            return whole
+        return Entry(settings["launch"], tuple(first[: places[0]]), tuple(first[places[0] + 1 :]), packs)
+
+
+#: In place of a stream.
+_STREAM = object()
+#: What a launcher's part in Python is there for, if it is there.
+_ALLOCATES = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
+
+
 class Launch:
     """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; called with the pointers.
 
@@ -46,7 +85,8 @@ class Launch:
     which ones 16 divides, nor their dtypes. Errors are Triton's.
     """
 
-    __slots__ = ("_compiled", "_constants", "_device", "_first", "_grid", "_kernel", "_options", "_run", "_stream")
+    __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_grid", "_kernel", "_options", "_packs",
+                 "_run", "_stream")  # fmt: skip
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None) -> None:
         self._kernel, self._constants, self._device = kernel, constants, device
@@ -63,16 +103,19 @@ class Launch:
             or (device is not None and device != torch.cuda.current_device())
         ):  # fmt: skip
             self._launch(pointers)
+        elif self._packs:
+            run(*self._before, self._stream(device or 0), *self._behind, pointers + self._constants)
         else:
-            run(*self._grid, self._stream(device or 0), *self._first, *pointers, *self._constants)
+            run(*self._before, self._stream(device or 0), *self._behind, *pointers, *self._constants)
 
     def _launch(self, pointers: tuple) -> None:
         """As Triton's users launch, on the device where the tensors are; and keeps what that compiled."""
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
             if _DIRECT and self._run is None:
+                entry = Entry.of(compiled, self._grid, (*pointers, *self._constants))
                 # What is kept here must be there before ``_run`` says so: another thread may be launching.
                 self._compiled = compiled
-                self._first = (compiled.function, compiled.packed_metadata, None, None, None)
+                _, self._before, self._behind, self._packs = entry
                 self._stream = triton.runtime.driver.active.get_current_stream
-                self._run = compiled.run
+                self._run = entry.function

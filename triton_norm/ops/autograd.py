@@ -15,18 +15,24 @@ from ..launching.forward import Forward
 from ..launching.keys import HIP, dispatch_modes, functorch_is_active, layouts
 from ..spec import Operands, Spec
 from . import traced
-from .traced import keeps_bits, pass_on, passes_on, saved_of
+from .traced import INPUTS, keeps_bits, pass_on, passes_on, saved_of
+
+#: By how many tensors there are, what makes of them the differentiable operands, or those that are saved.
+_NO_OPERANDS = tuple((None,) * (INPUTS - n) for n in range(INPUTS + 1))
+_NOT_SAVED = tuple((None,) * (7 - n) for n in range(8))
 
 
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_backwards", "_inference", "_passes_on", "_training", "spec")
+    __slots__ = ("_backwards", "_given", "_inference", "_passes_on", "_training", "spec")
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self.spec = spec
         # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
+        # autograd takes its time with every argument, so it is not given those that end in nothing.
+        self._given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
         self._training: Forward | None = None
         self._inference: Forward | None = None
         self._backwards: dict[tuple, Backward] = {}
@@ -40,7 +46,7 @@ class Kernels:
             or (residual is not None and residual.requires_grad)
             or (slope is not None and slope.requires_grad)
         ):
-            return _apply(self, (mean, var, count), x, weight, bias, residual, slope)
+            return _apply((self, mean, var, count), *operands[: self._given])
         y, _, _, plain = (self._inference or self._bind_forward(operands, False))(operands)
         return y if plain is None else (y, plain)
 
@@ -54,7 +60,7 @@ class Kernels:
     def backward(self, o: tuple[Tensor | None, ...], saved: tuple, wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
         """``o`` are the saved operands, ``saved`` is in the order of ``Saved``."""
         if self._passes_on and wanted[3]:
-            without = (*wanted[:3], False, wanted[4])
+            without = (*wanted[:3], False, *wanted[4:])
             return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
         # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
         dy, dplain, _, _ = saved
@@ -74,21 +80,29 @@ class Kernels:
         call = self._backwards.get(key)
         if call is None:
             call = bound.bound(
-                lambda plans: Backward(self.spec, Operands(*o), Saved(*saved), wanted, plans),
+                lambda plans: Backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted), plans),
                 lambda call: self._backwards.__setitem__(key, call),
             )
         return call(o, saved)
+
+
+def _all_wanted(wanted: tuple[bool, ...]) -> tuple[bool, ...]:
+    return wanted + (False,) * (INPUTS - len(wanted))
 
 
 class _Normalize(torch.autograd.Function):
     """Statistics and bits stay with its context: nobody else has a use for them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, call: Kernels, running: tuple[Tensor | None, ...], *operands: Tensor | None):
-        o = operands + running
+    def forward(ctx: FunctionCtx, settled: tuple, *given: Tensor | None):
+        call, *running = settled
+        o = (*given, *_NO_OPERANDS[len(given)], *running)
         y, statistics, bits, plain = (call._training or call._bind_forward(o, True))(o)
-        ctx.call, ctx.statistics, ctx.bits = call, statistics, bits
-        ctx.save_for_backward(*saved_of(call.spec, o, bits))
+        ctx.kept = call, statistics, bits
+        if call.spec.use_stats and o[3] is None:
+            ctx.save_for_backward(*given)
+        else:
+            ctx.save_for_backward(*saved_of(call.spec, o, bits))
         if plain is None:
             return y
         ctx.set_materialize_grads(False)
@@ -96,13 +110,19 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None = None):
-        call, o, wanted = ctx.call, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        saved = (dy, dplain, ctx.statistics, ctx.bits)
+        call, statistics, bits = ctx.kept
+        o, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
+        o += _NOT_SAVED[len(o)]
+        saved = (dy, dplain, statistics, bits)
         # Whoever traces this has a dy of another type, or looks at operators.
         if type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes():
-            return None, None, *traced.backward(call.spec, Operands(*o), Saved(*saved), wanted)
-        return None, None, *call.backward(o, saved, wanted)
+            g = traced.backward(call.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
+        else:
+            g = call.backward(o, saved, wanted)
+        return None, *g[: len(wanted)]
 
 
-# Past ``Function.apply``, which looks for transforms that have been looked for already.
+# Past ``Function.apply``, which looks for transforms that have been looked for already; and past its like in the other
+# direction, which looks whether there is a ``vjp``.
 _apply = super(torch.autograd.Function, _Normalize).apply
+_Normalize._backward_cls.apply = _Normalize.backward
