@@ -104,6 +104,8 @@ class Arguments:
     normalized_shape: tuple[int, ...] | None = None
     unit_offset: bool = False
     unbiased: bool = False
+    #: The result's dtype; None for x's.
+    out: torch.dtype | None = None
 
 
 @dataclass
@@ -124,6 +126,7 @@ def arguments(
     residual: bool = False,
     statistics: bool = False,
     parameter_dtype: torch.dtype | None = None,
+    residual_dtype: torch.dtype | None = None,
     seed: int = 0,
     form: str = "channel",
     **more,
@@ -146,7 +149,7 @@ def arguments(
     if affine in ("both", "bias") and kind != "rms":
         made.bias = normal(size, 0.5, 0.0, parameter_dtype)
     if residual:
-        made.residual = normal(shape)
+        made.residual = normal(shape, dtype=residual_dtype or dtype)
     if statistics:
         made.running_mean = normal(shape[1], 0.5, 0.0, parameter_dtype)
         made.running_var = normal(shape[1], 0.2, 0.0, parameter_dtype).abs() + 0.5
@@ -176,10 +179,11 @@ def expected(a: Arguments) -> tuple[Result, Tensor]:
         y = (BY_NAME[a.activation] if isinstance(a.activation, str) else a.activation)(z)
     else:
         y = z
-    margin = 2 * TOLERANCES[a.x.dtype][0]
+    out = a.out or a.x.dtype
+    margin = 2 * TOLERANCES[out][0]
     smooth = torch.stack([(z.detach() - kink).abs() > margin for kink in _KINKS]).all(0).double()
     y, smooth = (pad(t, a.padding, a.padding_mode) for t in (y, smooth))
-    dy = (torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * smooth).to(a.x.dtype)
+    dy = (torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * smooth).to(out)
     gradients = torch.autograd.grad(y, list(leaves.values()), dy.double())
     return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var), dy
 
@@ -214,6 +218,8 @@ def call(
     """triton_norm's function of this kind, with these tensors and everything else from ``a``."""
     functional = triton_norm.functional
     fused.setdefault("activation", a.activation)
+    if a.out is not None:
+        fused["dtype"] = a.out
     if a.kind in ROWS:
         if a.kind == "rms":
             return functional.rms_norm(x, a.normalized_shape, weight, a.eps, **fused)
@@ -248,14 +254,14 @@ def check(a: Arguments) -> Result:
     """Compares output, every gradient and the running statistics with the oracle; returns what triton_norm gave."""
     want, dy = expected(a)
     got = actual(a, dy)
-    dtype = a.x.dtype
-    assert got.y.dtype == dtype
-    assert_close(got.y, want.y, dtype, "output")
+    dtype, out = a.x.dtype, a.out or a.x.dtype
+    assert got.y.dtype == out
+    assert_close(got.y, want.y, out, "output")
     assert got.gradients.keys() == want.gradients.keys()
     for name, gradient in got.gradients.items():
         if gradient.shape == a.x.shape and name in ("x", "residual"):
-            assert gradient.dtype == dtype
-            assert_close(gradient, want.gradients[name], dtype, f"gradient of {name}")
+            assert gradient.dtype == getattr(a, name).dtype
+            assert_close(gradient, want.gradients[name], gradient.dtype, f"gradient of {name}")
         else:
             assert_close_as_vectors(gradient, want.gradients[name], dtype, f"gradient of {name}")
     for name in ("running_mean", "running_var"):

@@ -3,10 +3,12 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .activations import resolve
 from .ops.call import Result, normalize
+from .ops.checks import named
 from .spec import Spec
 
 __all__ = ["batch_norm", "group_norm", "instance_norm", "layer_norm", "rms_norm"]
@@ -28,6 +30,7 @@ def batch_norm(
     padding_mode: str = "reflect",
     return_unpadded: bool = False,
     unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Result:
     """``pad(activation(batch_norm(input) * weight + bias + residual))`` in one pass over ``input`` (N, C, *spatial).
 
@@ -35,13 +38,16 @@ def batch_norm(
     (N, C) or of the input's shape. Floating inputs of any strides; half-precision ones may come with float32
     parameters. ``residual`` has the input's shape, dtype and device. ``activation`` is a name or a ``torch.nn``
     instance. ``return_unpadded`` gives ``(padded, unpadded)``. With ``unit_offset`` the factor is 1 + ``weight``.
+    ``dtype`` is the result's, by default the input's; ``residual`` may have that too. It is written in the same pass,
+    from statistics in float32, and gradients have the dtypes of what they are gradients of.
 
     Raises torch's own errors, and ``ValueError`` for an unsuitable residual, activation or padding mode; running
     statistics are unchanged then.
     """
     name, numbers, slope = resolve(activation)
     spec = Spec(
-        "batch", None, training, momentum, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset
+        "batch", None, training, momentum, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
+        0, named(dtype),
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
 
@@ -63,6 +69,7 @@ def instance_norm(
     return_unpadded: bool = False,
     unit_offset: bool = False,
     unbiased: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Result:
     """``pad(activation(instance_norm(input) * weight + bias + residual))`` in one pass over ``input``.
 
@@ -73,7 +80,7 @@ def instance_norm(
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "instance", None, use_input_stats, momentum, eps, name, numbers, padding, padding_mode, return_unpadded,
-        unit_offset, int(unbiased),
+        unit_offset, int(unbiased), named(dtype),
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
 
@@ -91,15 +98,17 @@ def group_norm(
     padding_mode: str = "reflect",
     return_unpadded: bool = False,
     unit_offset: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Result:
     """``pad(activation(group_norm(input) * weight + bias + residual))`` in one pass over ``input`` (N, C, *spatial).
 
     The first five arguments are those of ``torch.nn.functional.group_norm``; everything else is as in ``batch_norm``.
-    Under autocast it computes in float32 where torch does.
+    Where torch computes in float32 under autocast, that is what ``dtype`` is by default; no input is copied for it.
     """
     name, numbers, slope = resolve(activation)
     spec = Spec(
-        "group", num_groups, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset
+        "group", num_groups, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
+        0, named(dtype),
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 
@@ -113,14 +122,15 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``activation(layer_norm(input) * weight + bias + residual)`` in one pass over ``input`` (*, *normalized_shape).
 
     The first five arguments are those of ``torch.nn.functional.layer_norm``; dtypes, strides, residual, activation
-    and errors are as in ``batch_norm``. Under autocast it computes in float32 where torch does.
+    dtype and errors are as in ``batch_norm``, and autocast as in ``group_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("layer", hashable(normalized_shape), True, 0.0, eps, name, numbers)
+    spec = Spec("layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 
 
@@ -132,6 +142,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``activation(rms_norm(input) * weight + residual)`` in one pass over ``input`` (*, *normalized_shape).
 
@@ -139,7 +150,7 @@ def rms_norm(
     of float64 for float64 input. Everything else is as in ``layer_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("rms", hashable(normalized_shape), True, 0.0, eps, name, numbers)
+    spec = Spec("rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
     return normalize(spec, input, weight, None, residual, slope, None, None, None)
 
 
@@ -155,11 +166,13 @@ def channel_norm(
     padding: int | tuple[int, ...] = 0,
     padding_mode: str = "reflect",
     return_unpadded: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Result:
     """``layer_norm`` over dim 1 of ``input`` (N, C, *spatial), with ``normalized_shape`` (C,), and with padding."""
     name, numbers, slope = resolve(activation)
     spec = Spec(
-        "channels", normalized_shape, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded
+        "channels", normalized_shape, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded,
+        dtype=named(dtype),
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 

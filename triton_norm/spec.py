@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 #: Kinds whose rows are trailing dims, and whose parameters have the shape of these; they give a contiguous tensor.
@@ -57,6 +58,8 @@ class Spec(NamedTuple):
     unit_offset: bool = False
     #: What is taken from the number of elements when the variance is divided by it.
     correction: int = 0
+    #: The name of the result's dtype; None is x's.
+    dtype: str | None = None
 
     def width(self, shape: Sequence[int]) -> int:
         """Channels in a group, or elements in a row of trailing dims; 0 of the other kinds."""
@@ -73,6 +76,10 @@ class Spec(NamedTuple):
     def but(self, **changes: object) -> "Spec":
         """``_replace``, which the compiler of older releases of torch does not know."""
         return Spec(*[changes.get(name, field) for name, field in zip(Spec._fields, self, strict=True)])
+
+    def result(self, x: Tensor) -> torch.dtype:
+        """The dtype of the result."""
+        return x.dtype if self.dtype is None else getattr(torch, self.dtype)
 
     def text(self) -> str:
         """What ``read`` reads: an operator's argument, also in programs that are saved and loaded elsewhere."""

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from triton.runtime.interpreter import GridExecutor
 
@@ -9,6 +10,7 @@ import triton_norm as tn
 from bench.counting import counting
 from triton_norm.cli.counting import cpu_launches
 from triton_norm.launching import devices
+from triton_norm.ops import call as calls
 from triton_norm.tuning.plan import Device
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -43,6 +45,28 @@ def test_instance_norm_reads_once_and_writes_once(size, layout):
     (forward, launches), (backward, backward_launches) = measure(module, (2, 8, size, size), layout)
     assert forward <= 4.2 and launches == 1
     assert backward <= 6.3 and backward_launches <= 2
+
+
+@pytest.mark.parametrize("asked", ["dtype", "autocast"])
+def test_half_in_and_float32_out_is_one_pass(asked, monkeypatch, anew):
+    """2 bytes read and 4 written; 2 + 4 read and 2 written. No copy of x in float32, which would be 6 more."""
+    x = torch.randn(2, 8, 64, 64).half().requires_grad_()
+    weight, bias = torch.randn(8, requires_grad=True), torch.randn(8, requires_grad=True)
+    if asked == "autocast":
+        monkeypatch.setattr(calls, "_runs_in_float32", lambda kind, device: torch.is_autocast_enabled(device))
+        anew()
+    copies = []
+    monkeypatch.setattr(Tensor, "float", lambda t: copies.append(t) or t.to(torch.float32))
+    with counting() as forward, torch.autocast("cpu", torch.bfloat16, enabled=asked == "autocast"):
+        y = tn.functional.group_norm(
+            x, 2, weight, bias, activation="silu", dtype=torch.float32 if asked == "dtype" else None
+        )
+    assert y.dtype == torch.float32 and not copies
+    with counting() as backward:
+        y.backward(torch.randn_like(y))
+    assert x.grad.dtype == torch.float16
+    assert forward.bytes / x.numel() <= 6.2 and len(forward.launches) == 1
+    assert backward.bytes / x.numel() <= 8.5 and len(backward.launches) <= 2
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

@@ -93,6 +93,64 @@ def test_dtypes(backend, case, dtype, parameter_dtype, activation):
     assert check(a).gradients["weight"].dtype == parameter_dtype
 
 
+@pytest.mark.parametrize("form", ["input's residual", "result's residual", "padded", "element"])
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "layer", "rms", "channels"])
+@pytest.mark.parametrize("dtype, out", [
+    (torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16),
+    (torch.float64, torch.float32),
+], ids=lambda d: str(d).removeprefix("torch."))  # fmt: skip
+def test_dtype_of_the_result(backend, kind, dtype, out, form):
+    """Statistics in float32 at least whatever comes in and goes out; gradients in the dtype of what they belong to."""
+    more = {"num_groups": 2} if kind == "group" else {}
+    if form == "padded" and kind in ("batch", "instance", "group"):
+        more["padding"] = 1
+    elif form == "element" and kind in ("batch", "instance", "group"):
+        more["form"] = "element"
+    residual_dtype = out if form == "result's residual" else dtype
+    activation = "relu" if "residual" in form else "silu"
+    check(
+        arguments(
+            kind, (2, 4, 3, 5), dtype, backend.device, residual="residual" in form, residual_dtype=residual_dtype,
+            activation=activation, out=out, **more,
+        )
+    )  # fmt: skip
+
+
+def test_dtype_of_the_result_of_modules_and_errors(backend):
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float16, device=backend.device)
+    for module in (tn.InstanceNorm2d(4), tn.BatchNorm2d(4, padding=1), tn.GroupNorm(2, 4), tn.RMSNorm(5)):
+        module = module.to(backend.device)
+        assert module(x, dtype=torch.float32).dtype == torch.float32 and module(x).dtype == torch.float16
+    with pytest.raises(ValueError, match=r"dtype must be one of .* but got torch\.int32"):
+        functional.group_norm(x, 2, dtype=torch.int32)
+    residual = x.bfloat16()
+    with pytest.raises(ValueError, match="residual must be like the input"):
+        functional.group_norm(x, 2, residual=residual, dtype=torch.float32)
+
+
+def test_dtype_of_the_result_compiled_and_differentiated_twice(backend):
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float16, device=backend.device, requires_grad=True)
+    weight = torch.randn(4, device=backend.device, requires_grad=True)
+
+    def function(x, weight, dtype=torch.float32):
+        return functional.group_norm(x, 2, weight, activation="silu", dtype=dtype)
+
+    want = function(x, weight)
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(x, weight)
+    assert got.dtype == torch.float32 and torch.equal(got, want)
+    dy = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad(y, (x, weight), dy) for y in (got, want)), strict=True):
+        assert torch.equal(a, b)
+
+    def second(x, weight, dtype):
+        (first,) = torch.autograd.grad(function(x, weight, dtype).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.double().square().sum(), weight)[0]
+
+    double = second(x.detach().double().requires_grad_(), weight.detach().double().requires_grad_(), torch.float64)
+    # A gradient of x in half precision is rounded between the two derivatives.
+    torch.testing.assert_close(second(x, weight, torch.float32).double(), double, atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("activation, residual", [
     ("leaky_relu", True), ("gelu", False), ("hardtanh", True), (nn.Softplus(2.0, 1.0), True),
     (nn.ReLU(inplace=True), False),
@@ -406,6 +464,7 @@ def test_autocast_that_lists_the_norm(backend, case, monkeypatch, anew):
         got = call(a, a.x, weight=a.weight, bias=a.bias, residual=a.residual)
         wide = call(a, a.x.float(), weight=a.weight.float(), bias=a.bias, residual=a.residual.float())
     assert got.dtype == torch.float32
+    # The kernels read what is half as it is; torch copies it first.
     assert torch.equal(got, wide)
     assert [g.dtype for g in torch.autograd.grad(got.sum(), leaves)] == [torch.bfloat16] * 3
 

@@ -49,6 +49,7 @@ class Backward:
         # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
         # the gradient of, that is the cheapest to say.
         elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
+        self._dtype = None if spec.dtype is None else residual_gradient(spec, o.x)
         self._new = empty_like if plain.stride() == empty_like(o.x).stride() else self._like_plain
         contiguous = all(p is None or p.is_contiguous() for p in (o.weight, o.bias))
         self._new_affine = self._like_plain if elementwise else empty_like if contiguous else _contiguous
@@ -59,6 +60,9 @@ class Backward:
 
     def _like_plain(self, t: Tensor) -> Tensor:
         return t.new_empty_strided(*self._plain)
+
+    def _new_residual(self, x: Tensor) -> Tensor:
+        return self._new(x) if self._dtype is None else x.new_empty_strided(*self._plain, dtype=self._dtype)
 
     def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
         plain = self._like_plain(o.x)
@@ -78,7 +82,7 @@ class Backward:
             self._new(x) if wanted.x else None,
             self._new_affine(weight) if wanted.weight else None,
             self._new_affine(bias) if wanted.bias else None,
-            self._new(x) if wanted.residual else None,
+            self._new_residual(x) if wanted.residual else None,
             slope.new_empty(self._slope[0]) if wanted.slope else None,
         )
         if self._tidy:
@@ -87,6 +91,11 @@ class Backward:
         if wanted.slope and self._slope[0] != self._slope[1]:
             return (*g[:4], g[4].sum(0, keepdim=True))
         return g
+
+
+def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
+    """The dtype of a residual's gradient: one that holds x's and the result's, as the residual may have either."""
+    return torch.promote_types(x.dtype, spec.result(x))
 
 
 def _contiguous(p: Tensor) -> Tensor:

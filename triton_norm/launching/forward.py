@@ -54,7 +54,8 @@ class Forward:
         self._keep_plain = first.plain is not None
         # Where a result lies like x, that is the cheapest to say.
         same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
-        self._y = None if same else (first.y.shape, first.y.stride())
+        self._y = None if same and spec.dtype is None else (first.y.shape, first.y.stride())
+        self._out = first.y.dtype
         self._plain_strides = plain.stride()
         tidy = operands.tidied(spec, o, plain)
         self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
@@ -73,7 +74,7 @@ class Forward:
 
     def __call__(self, o: tuple) -> tuple:
         x = o[0]
-        y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y)
+        y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y, dtype=self._out)
         statistics = bits = plain = None
         if self._statistics:
             size, dtype = self._statistics, self._dtype
@@ -81,7 +82,7 @@ class Forward:
         if self._bits:
             bits = x.new_empty(self._bits, dtype=torch.uint8)
         if self._keep_plain:
-            plain = self._like_plain(x)
+            plain = x.new_empty_strided(x.shape, self._plain_strides, dtype=self._out)
         r = (y, statistics, bits, plain)
         if self._only_launches:
             self._steps(o, r)
@@ -107,10 +108,11 @@ class Forward:
 
 
 def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]:
-    """The results, and a tensor like the unpadded one; also of fake and meta operands."""
+    """The results, and a tensor that lies like the unpadded one, in x's dtype; also of fake and meta operands."""
     x = operands.dense(o.x) if spec.padding != 0 else o.x
     plain = operands.empty_like(spec, x)
-    y = plain if spec.padding == 0 else operands.empty_padded(spec, x)
+    out = plain if spec.dtype is None else torch.empty_like(plain, dtype=spec.result(x))
+    y = out if spec.padding == 0 else operands.empty_padded(spec, out)
     statistics = bits = None
     if spec.use_stats:
         kept = 3 if spec.kind == "instance" and o.running_mean is not None else 1 if spec.kind == "rms" else 2
@@ -119,7 +121,7 @@ def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]
     count = operands.bits_count(spec, x, plain) if keep_bits else 0
     if count:
         bits = x.new_empty(count, dtype=torch.uint8)
-    return Results(y, statistics, bits, plain if spec.padding != 0 and spec.return_unpadded else None), plain
+    return Results(y, statistics, bits, out if spec.padding != 0 and spec.return_unpadded else None), plain
 
 
 def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, plans: Planner) -> Steps:

@@ -117,7 +117,7 @@ def cut(
     geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width)
     index = x.get_device() if x.is_cuda else None
     work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
-    name = str(x.dtype).removeprefix("torch.")
+    name = "->".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (x, y)))
     problem = Problem(
         work, autotune.key(walked, name, work), devices.target(index), index,
         Walked(walked, tuple(x.shape), x.stride(), name, width), scratch,

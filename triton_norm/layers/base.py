@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..activations import resolve
 from ..ops.call import Result, normalize
-from ..ops.checks import check_padding_mode
+from ..ops.checks import check_padding_mode, named
 from ..spec import Spec
 
 
@@ -15,7 +15,7 @@ class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
     #: What a call may say in place of the module, as keyword arguments.
-    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation"})
+    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation", "dtype"})
     padding: int | tuple[int, ...] = 0
     padding_mode = "zeros"
 
@@ -62,6 +62,7 @@ class Activated(nn.Module):
         spec = Spec(
             *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
             said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
+            named(said("dtype")),
         )  # fmt: skip
         return self._run(spec, input, said("weight", weight), said("bias", bias), residual, slope, *running)
 

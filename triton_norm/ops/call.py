@@ -87,10 +87,15 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     """
     if spec.argument is not None and isinstance(o.x, Tensor):
         halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in (o.x, o.weight, o.bias, o.residual))
-        if halves and _runs_in_float32(spec.kind, o.x.device.type):
-            return lambda *operands: normalize(spec, *_cast(*operands))
+        if halves and spec.dtype is None and _runs_in_float32(spec.kind, o.x.device.type):
+            # torch copies all operands to float32. The kernels read what is half as it is, and write float32.
+            spec = spec.but(dtype="float32")
+            if any(a is not b for a, b in zip(_together(*o), o, strict=True)):
+                return lambda *operands: normalize(spec, *_together(*operands))
         if spec.eps is None and spec.kind == "rms":
             spec = spec.but(eps=_RMS_EPS.get(o.x.dtype))
+    if spec.dtype is not None and isinstance(o.x, Tensor) and o.x.dtype == spec.result(o.x):
+        spec = spec.but(dtype=None)
     if is_wide(spec, o):
         weight, bias = matched(o.x, o.weight, o.bias)
         if weight is not o.weight or bias is not o.bias:
@@ -127,7 +132,7 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     def around(x, weight, bias, residual, slope, *rest):
         y = call(x, weight, bias, residual, None if slope_behind else slope, *rest)
         if slope_behind:
-            y = reference.finish(y, x, None, reference.on_torch(spec, slope, x))
+            y = reference.finish(y, x, None, reference.on_torch(spec, slope, y), y.dtype)
         elif spec.kind in ROWS:
             # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
             y = reference.in_format_of(x, y)
@@ -153,7 +158,15 @@ def _runs_in_float32(kind: str, device: str) -> bool:
     return (_listed_for_float32 if torch.compiler.is_compiling() else _remembered)(kind, device)
 
 
-def _cast(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Tensor | None) -> list:
-    """The operands, those that torch's autocast would copy to float32 as such copies."""
-    wide = [t.float() if isinstance(t, Tensor) and t.dtype in HALF else t for t in (x, weight, bias, residual)]
-    return [*wide, *rest]
+def _together(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Tensor | None
+) -> list:  # fmt: skip
+    """The operands, those in float32 that the kernels do not take as they are: parameters of neither x's dtype nor
+    float32 or not of one dtype, and a half residual of a float32 x."""
+    parameters = [weight, bias]
+    dtypes = {p.dtype for p in parameters if isinstance(p, Tensor)}
+    if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
+        parameters = [p.float() if isinstance(p, Tensor) and p.dtype in HALF else p for p in parameters]
+    if isinstance(residual, Tensor) and residual.dtype in HALF and residual.dtype != x.dtype:
+        residual = residual.float()
+    return [x, *parameters, residual, *rest]

@@ -43,7 +43,7 @@ def check(spec: Spec, o: Operands) -> bool:
 def check_fused(spec: Spec, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> bool:
     """Raises what is wrong with the fused parts for an input like x; whether the kernels take the PReLU slope."""
     if residual is not None:
-        _check_residual(x, residual)
+        _check_residual(x, residual, spec.result(x))
     fits = slope is None or _check_slope(x, slope)
     check_padding_mode(spec.padding_mode)
     if spec.padding != 0:
@@ -56,6 +56,15 @@ def check_padding_mode(mode: str) -> None:
         raise ValueError(
             f"unknown padding_mode {mode!r}: expected one of {', '.join(map(repr, reference.PADDING_MODES))}"
         )
+
+
+def named(dtype: torch.dtype | None) -> str | None:
+    """A result's dtype as a ``Spec`` has it."""
+    if dtype is None:
+        return None
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but got {dtype!r}")
+    return str(dtype).removeprefix("torch.")
 
 
 def _fits(spec: Spec, o: Operands) -> bool:
@@ -112,11 +121,11 @@ def _describe(t: Tensor) -> str:
     return f"shape {tuple(t.shape)}, {t.dtype} on {t.device}" if isinstance(t, Tensor) else repr(t)
 
 
-def _check_residual(x: Tensor, residual: Tensor) -> None:
+def _check_residual(x: Tensor, residual: Tensor, dtype: torch.dtype) -> None:
     if (
         not isinstance(residual, Tensor)
         or residual.shape != x.shape
-        or residual.dtype != x.dtype
+        or residual.dtype not in (x.dtype, dtype)
         or residual.device != x.device
     ):
         raise ValueError(f"residual must be like the input: expected {_describe(x)}, but got {_describe(residual)}")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launching import bound
-from ..launching.backward import Saved
+from ..launching.backward import Saved, residual_gradient
 from ..launching.forward import Results, allocate
 from ..launching.operands import dense, empty_like, per_element
 from ..spec import Operands, Spec
@@ -76,7 +76,8 @@ def _backward_fake(
 
     makers = (
         lambda: torch.empty_like(like_y), lambda: parameter(weight), lambda: parameter(bias),
-        lambda: torch.empty_like(like_y), lambda: slope.new_empty(slope.shape),
+        lambda: torch.empty_like(like_y, dtype=residual_gradient(asked, x)),
+        lambda: slope.new_empty(slope.shape),
     )  # fmt: skip
     return [make() for make, want in zip(makers, wanted, strict=True) if want]
 

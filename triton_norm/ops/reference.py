@@ -34,8 +34,22 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
 
 
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-    """The whole call: ``normalize``, and the padding."""
-    return padded(spec, normalize(spec, Operands(*operands)))
+    """The whole call: ``normalize``, and the padding; computed in float32 where the result's dtype is not x's."""
+    if spec.dtype is None:
+        return padded(spec, normalize(spec, Operands(*operands)))
+    dtype, spec = spec.result(operands[0]), spec.but(dtype=None)
+    y = padded(spec, normalize(spec, Operands(*_widened(*operands))))
+    return (y[0].to(dtype), y[1].to(dtype)) if spec.return_unpadded else y.to(dtype)
+
+
+def _widened(x: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
+    """The operands in float32, float64 ones apart: of running statistics, which are updated, nobody has another."""
+    *first, mean, var, count = (x, *rest)
+    # torch wants x to be like running statistics in half precision.
+    if mean is None or mean.dtype not in (torch.float16, torch.bfloat16):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        first = [None if t is None else t.to(wide) for t in first]
+    return [*first, mean, var, count]
 
 
 def padded(spec: Spec, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -103,18 +117,21 @@ def autocasts(device: str) -> bool:
     return device in _AUTOCASTING and torch.is_autocast_enabled(device)
 
 
-def finish(y: Tensor, x: Tensor, residual: Tensor | None, activation: Activation) -> Tensor:
-    """``activation(y + residual)`` in x's dtype and memory format, for a normalized x."""
+def finish(
+    y: Tensor, x: Tensor, residual: Tensor | None, activation: Activation, dtype: torch.dtype | None = None
+) -> Tensor:
+    """``activation(y + residual)`` in that dtype, by default x's, and x's memory format, for a normalized x."""
     if residual is not None:
         y = y + residual
-    return in_format_of(x, activation(y.to(x.dtype)).to(x.dtype))
+    dtype = dtype or x.dtype
+    return in_format_of(x, activation(y.to(dtype)).to(dtype))
 
 
 def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Tensor:
     """What ``normalize`` computes, written in elementary operations that differentiate any number of times.
 
     Computes in float32 (float64 for float64 input), calls ``activation``, by default the spec's, in that dtype, returns
-    x's dtype, and leaves the running statistics alone: they are read when statistics are given and ignored otherwise.
+    the spec's or x's dtype, and leaves the running statistics alone: they are read when statistics are given and ignored otherwise.
     """
     x, residual, kind, correction = o.x, o.residual, spec.kind, spec.correction
     dtype = torch.promote_types(x.dtype, torch.float32)
@@ -140,7 +157,7 @@ def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Te
         z = z + residual.to(dtype)
     if activation is None:
         activation = Resolved(spec.activation, spec.parameters, slope)
-    return activation(z).to(x.dtype)
+    return activation(z).to(spec.result(x))
 
 
 def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
