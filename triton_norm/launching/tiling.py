@@ -1,5 +1,6 @@
 """A geometry cut up by a plan, in the numbers that kernels take, and where the plan comes from."""
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..geometry import Geometry, view
 from ..kernels import tl
-from ..kernels.padding import MODES
+from ..kernels.padding import MODES, places
 from ..kernels.structs import Block, Layout, Norm, Pad
 from ..kernels.tiles import AFFINES
 from ..spec import Spec
 from ..tuning import autotune
 from ..tuning.autotune import Problem, Walked
 from ..tuning.candidates import Work
-from ..tuning.plan import Plan, cdiv
+from ..tuning.plan import Plan, cdiv, power_of_2
 from . import devices
 from .launch import Launch
 
@@ -88,8 +89,14 @@ class Tiling:
         sides = self.spec.sides(self.dims)
         if not sides:
             return None
-        w, h, d = ((*sides, 0, 0, 0, 0)[i : i + 2] for i in (0, 2, 4))
-        return Pad(MODES[self.spec.padding_mode], *d, *h, *w)
+        mode, g = self.spec.padding_mode, self.geometry
+        w, h, d = padded = [(*sides, 0, 0, 0, 0)[i : i + 2] for i in (0, 2, 4)]
+        sizes = g.S, g.H, g.K // g.H
+        along = [places(mode, *both, size) for both, size in zip(padded, sizes, strict=True)]
+        border = math.prod(size + sum(both) for both, size in zip(padded, sizes, strict=True)) - g.columns
+        # A share of the border at once, unless that were more than two elements for each thread.
+        width = min(cdiv(border, self.plan.splits), max(64 * self.plan.warps // self.plan.rows, 1))
+        return Pad(MODES[mode], *d, *h, *w, *along[::-1], self.dims > 4, power_of_2(width))
 
     @property
     def acc(self) -> tl.dtype:
