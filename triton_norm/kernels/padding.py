@@ -58,7 +58,7 @@ def place(i, size, low: tl.constexpr, high: tl.constexpr, j, PLACES: tl.constexp
 
 
 @triton.jit
-def padded_offsets(j, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
+def padded_offsets(j, rows, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
     """Column offsets of the j-th place in the padded tensor, and which columns have one."""
     H = sizes.H
     d = tile.k // H
@@ -74,39 +74,39 @@ def padded_offsets(j, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.conste
         d = d.to(tl.int64)
         h = h.to(tl.int64)
         w = w.to(tl.int64)
-    at = h * strides.k + w * strides.s
+    at = h * strides.k
     there = h_there & w_there
     if PAD.DEEP:
         at += d * strides.d
         there = there & d_there
-    return at[None, :], there[None, :]
+    return Offsets(row_offsets(rows, strides, LAYOUT), at[None, :], (w * strides.s)[None, :]), there[None, :]
 
 
 @triton.jit
 def store_own(y, value, rows, tile, sizes, strides, PAD: tl.constexpr, LAYOUT: tl.constexpr):
     """Writes a tile to its own places."""
-    at, _ = padded_offsets(0, tile, sizes, strides, PAD, LAYOUT)
-    tl.store(y + row_offsets(rows, strides, LAYOUT) + at, value, mask=tile.mask)
+    at, _ = padded_offsets(0, rows, tile, sizes, strides, PAD, LAYOUT)
+    tl.store(y + at.row + at.s + at.k, value, mask=tile.mask)
 
 
 @triton.jit
 def load_place(dy, j, rows, tile, sizes, strides, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr):
     """The gradients at the j-th places of a tile, 0 where there is none."""
-    at, there = padded_offsets(j, tile, sizes, strides, PAD, LAYOUT)
-    return tl.load(dy + row_offsets(rows, strides, LAYOUT) + at, mask=tile.mask & there, other=0.0).to(ACC)
+    at, there = padded_offsets(j, rows, tile, sizes, strides, PAD, LAYOUT)
+    return tl.load(dy + at.row + at.s + at.k, mask=tile.mask & there, other=0.0).to(ACC)
 
 
 @triton.jit
 def load_folded(dy, rows, tile, sizes, strides, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr):
     """The sum of the gradients at all places of a tile."""
     ALL: tl.constexpr = PAD.PLACES_D * PAD.PLACES_H * PAD.PLACES_W
-    total = tl.zeros(tile.mask.shape, ACC)
+    total = load_place(dy, 0, rows, tile, sizes, strides, PAD, ACC, LAYOUT)
     if ALL <= 8:
         # Two places a dimension: with their numbers known, most of what finds them is the same for all of a line.
-        for j in tl.static_range(ALL):
+        for j in tl.static_range(1, ALL):
             total += load_place(dy, j, rows, tile, sizes, strides, PAD, ACC, LAYOUT)
     else:
-        for j in range(ALL):
+        for j in range(1, ALL):
             total += load_place(dy, j, rows, tile, sizes, strides, PAD, ACC, LAYOUT)
     return total
 

@@ -74,7 +74,11 @@ class Tiling:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.geometry.wide, *self.geometry.alignment, self.plan.fits(self.geometry))
+        g = self.geometry
+        # A padded tensor is larger than what its geometry counts.
+        last = sum((sum(line) - 1) * stride for line, stride in zip(self.lines, (g.y_d, *g.y[2:]), strict=True))
+        wide = g.wide or (g.padded and last >= 2**31)
+        return Layout(wide, *g.alignment, self.plan.fits(g))
 
     @property
     def norm(self) -> Norm:
@@ -85,18 +89,22 @@ class Tiling:
         )  # fmt: skip
 
     @property
+    def lines(self) -> list[tuple[int, int, int]]:
+        """Of a launch that pads, in d, h and w: how far it pads in front and behind, and the size of what it pads."""
+        g, sides = self.geometry, (*self.spec.sides(self.dims), 0, 0, 0, 0)
+        sizes = (g.K // max(g.H, 1), g.H, g.S)
+        return [(*sides[i : i + 2], size) for i, size in zip((4, 2, 0), sizes, strict=True)]
+
+    @property
     def pad(self) -> Pad | None:
-        sides = self.spec.sides(self.dims)
-        if not sides:
+        if not self.geometry.padded:
             return None
-        mode, g = self.spec.padding_mode, self.geometry
-        w, h, d = padded = [(*sides, 0, 0, 0, 0)[i : i + 2] for i in (0, 2, 4)]
-        sizes = g.S, g.H, g.K // g.H
-        along = [places(mode, *both, size) for both, size in zip(padded, sizes, strict=True)]
-        border = math.prod(size + sum(both) for both, size in zip(padded, sizes, strict=True)) - g.columns
-        # A share of the border at once, unless that were more than two elements for each thread.
+        mode = self.spec.padding_mode
+        border = math.prod(map(sum, self.lines)) - self.geometry.columns
+        # A program's part of the border at once, unless that were more than two elements for each thread.
         width = min(cdiv(border, self.plan.splits), max(64 * self.plan.warps // self.plan.rows, 1))
-        return Pad(MODES[mode], *d, *h, *w, *along[::-1], self.dims > 4, power_of_2(width))
+        sides = [side for line in self.lines for side in line[:2]]
+        return Pad(MODES[mode], *sides, *(places(mode, *line) for line in self.lines), self.dims > 4, power_of_2(width))
 
     @property
     def acc(self) -> tl.dtype:
