@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import arguments, assert_close, check
+from oracle import arguments, assert_close, call, check, pad
 from torch import nn
 
 import triton_norm as tn
+from triton_norm.geometry import Geometry
 from triton_norm.tuning import plan
 from triton_norm.tuning.plan import Plan, cdiv, power_of_2
 
@@ -219,16 +220,55 @@ def test_padding(backend, force, poison, kind, name, layout, mode):
 
 
 @KERNELS
-@pytest.mark.parametrize(
-    "shape, padding, channels_last",
-    [((2, 3, 7), (2, 3), False), ((1, 2, 3, 4, 8), (1, 0, 2, 3, 2, 1), False), ((1, 2, 2, 2, 4), 1, True)],
-)
-@pytest.mark.parametrize("kind", ["batch", "instance"])
-def test_padding_of_lines_and_volumes(backend, poison, kind, shape, padding, channels_last):
-    a = arguments(kind, shape, device=backend.device, residual=True, activation="silu", padding=padding)
-    if channels_last:
+@pytest.mark.parametrize("name, mode, spatial, sides", [
+    # Elements that have copies on both sides, and lines that are just long enough for none to have them.
+    ("four_rows", "reflect", (5,), (4, 4)), ("four_rows", "reflect", (2,), (1, 1)),
+    ("one_row", "reflect", (4, 4), (3, 3, 3, 3)), ("four_rows", "reflect", (5, 6), (2, 2, 1, 2)),
+    ("one_row", "circular", (3,), (3, 3)), ("four_rows", "circular", (3, 4), (2, 2, 1, 2)),
+    ("four_rows", "replicate", (1, 1), (2, 1, 0, 3)), ("four_rows", "zeros", (3, 2), (0, 5, 1, 0)),
+    # Lines of a row that programs share.
+    ("idle_programs", "replicate", (5,), (3, 2)), ("three_programs_a_row", "circular", (2, 3), (0, 3, 0, 1)),
+    # Volumes, also padded in some dimensions alone.
+    ("four_rows", "reflect", (2, 3, 4), (3, 2, 1, 2, 1, 1)), ("four_rows", "reflect", (3, 2, 5), (1, 2, 0, 0, 1, 0)),
+    ("three_programs_a_row", "circular", (2, 2, 3), (0, 0, 1, 2, 0, 0)),
+    ("one_row", "replicate", (2, 1, 3), (1, 0, 2, 1, 0, 0)),
+    ("three_programs_a_row", "zeros", (2, 2, 3), (0, 0, 0, 0, 1, 2)),
+], ids=str)  # fmt: skip
+def test_padding_of_the_smallest(backend, force, poison, name, mode, spatial, sides):
+    force(PADDED[name])
+    # A channel needs more than one value, so there are two samples where a plane has one.
+    kind, samples = ("batch", 2) if spatial == (1, 1) else ("instance", 1)
+    a = arguments(kind, (samples, 3, *spatial), device=backend.device, activation="silu")
+    a.padding, a.padding_mode = sides, mode
+    if len(spatial) == 3 and name == "four_rows":
         a.x = a.x.contiguous(memory_format=torch.channels_last_3d)
     check(a)
+
+
+@KERNELS
+@pytest.mark.parametrize("name, mode, form", [
+    ("four_rows", "reflect", "element"), ("three_programs_a_row", "circular", "element"),
+    ("three_programs_a_row", "replicate", "sample"), ("four_rows", "zeros", "sample"),
+])  # fmt: skip
+def test_copies_in_the_padding_are_the_same_bits(backend, force, poison, name, mode, form):
+    """They are computed again, so by the same arithmetic."""
+    force(PADDED[name])
+    a = arguments("instance", (1, 3, 5, 6), torch.float16, backend.device, residual=True, form=form, activation="gelu")
+    a.padding, a.padding_mode = (2, 3, 1, 4), mode
+    operands = {"weight": a.weight, "bias": a.bias, "residual": a.residual}
+    padded, plain = call(a, a.x, **operands, return_unpadded=True)
+    assert torch.equal(padded, pad(plain, a.padding, mode))
+    a.padding = 0
+    assert torch.equal(plain, call(a, a.x, **operands))
+
+
+@KERNELS
+@pytest.mark.parametrize("name, shape", [("three_programs_a_row", (1, 2, 5)), ("four_rows", (1, 2, 2, 3, 4))])
+def test_padding_with_offsets_of_64_bits(backend, force, poison, monkeypatch, name, shape):
+    """What rows of more than 2**31 elements take, on small ones."""
+    monkeypatch.setattr(Geometry, "wide", True)
+    force(PADDED[name])
+    check(arguments("instance", shape, device=backend.device, activation="relu", padding=1))
 
 
 @KERNELS

@@ -1,7 +1,7 @@
 """Forward: y = activation((x - mean) * rstd * weight + bias + residual)."""
 
 from . import tl, triton
-from .padding import store_padded
+from .padding import ZEROS, border_size, border_tile, store_own
 from .statistics import combine, group_moments, moments, store_statistics
 from .structs import Activation, Operands, Results, Running, Sizes, Strides
 from .tiles import (
@@ -25,11 +25,10 @@ from .tiles import (
 
 
 @triton.jit
-def finish(
-    values, mean, rstd, operands, results, rows, tile, at, sizes, y_strides, activation,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+def activated(
+    values, mean, rstd, operands, rows, tile, at, sizes, activation, NORM: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """Affine, residual and activation on a tile in registers, and its store; one bit per element of the derivative.
+    """Affine, residual and activation on a tile in registers: z and y.
 
     ``at`` is where the tile is in all dense tensors but x.
     """
@@ -40,19 +39,50 @@ def finish(
         z += load_tile(operands.residual, at, tile, ACC)
     # P0 goes straight in: a number that is given a name becomes a float32 tensor, also where z is float64.
     if operands.slope is not None:
-        value = activation.VALUE(z, load_rows(operands.slope, rows.channel, rows.live, 0.0, ACC), activation.P1)
+        return z, activation.VALUE(z, load_rows(operands.slope, rows.channel, rows.live, 0.0, ACC), activation.P1)
     else:
-        value = activation.VALUE(z, activation.P0, activation.P1)
+        return z, activation.VALUE(z, activation.P0, activation.P1)
+
+
+@triton.jit
+def finish(
+    values, mean, rstd, operands, results, rows, tile, at, sizes, y_strides, activation,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """What becomes of a tile in registers, and its store; one bit per element of the derivative."""
+    z, value = activated(values, mean, rstd, operands, rows, tile, at, sizes, activation, NORM, ACC)
     if PAD is None:
         store_tile(results.y, at, tile, value)
     else:
-        store_padded(results.y, value, rows, tile, sizes, y_strides, PAD, LAYOUT)
+        store_own(results.y, value, rows, tile, sizes, y_strides, PAD, LAYOUT)
         if results.plain is not None:
             store_tile(results.plain, at, tile, value)
     if results.bits is not None:
         # An activation with a slope keeps none.
         on = activation.DERIVATIVE(z, activation.P0, activation.P1) != activation.OFF
         store_bits(results.bits, on, rows, tile, sizes, BLOCK)
+
+
+@triton.jit
+def finish_border(
+    share, shares, mean, rstd, operands, results, rows, sizes, x_strides, y_strides, activation,
+    NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """A share of the rows' border, by the arithmetic of ``finish``, from x that a cache still holds."""
+    WIDTH: tl.constexpr = PAD.WIDTH
+    size = border_size(sizes, PAD, LAYOUT)[1]
+    part = tl.cdiv(size, shares)
+    first = share * part
+    last = tl.minimum(first + part, size)
+    for start in range(first, last, WIDTH):
+        tile, y_at = border_tile(start + tl.arange(0, WIDTH), last, rows, sizes, y_strides, PAD, LAYOUT)
+        if PAD.MODE == ZEROS:
+            value = tl.zeros(tile.mask.shape, ACC)
+        else:
+            at = offsets(rows, tile, x_strides, LAYOUT)
+            values = load_tile(operands.x, at, tile, ACC)
+            value = activated(values, mean, rstd, operands, rows, tile, at, sizes, activation, NORM, ACC)[1]
+        tl.store(results.y + y_at, value, mask=tile.mask)
 
 
 @triton.jit
@@ -80,6 +110,11 @@ def normalize_rows(
         values, mean[:, None], rstd[:, None], operands, results, rows, tile, at, sizes, y_strides, activation,
         BLOCK, NORM, PAD, ACC, LAYOUT,
     )  # fmt: skip
+    if PAD is not None:
+        finish_border(
+            0, 1, mean[:, None], rstd[:, None], operands, results, rows, sizes, x_strides, y_strides, activation,
+            NORM, PAD, ACC, LAYOUT,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -174,4 +209,9 @@ def normalize(
         finish(
             values, center, rstd, Operands(x, residual, w, b, slope), results, block, tile, at, sizes, y_strides,
             Activation(VALUE, DERIVATIVE, P0, P1, None, OFF), BLOCK, NORM, PAD, ACC, LAYOUT,
+        )  # fmt: skip
+    if PAD is not None:
+        finish_border(
+            share, tl.num_programs(1), center, rstd, Operands(x, residual, weight, bias, slope), results, block, sizes,
+            x_strides, y_strides, Activation(VALUE, DERIVATIVE, P0, P1, None, OFF), NORM, PAD, ACC, LAYOUT,
         )  # fmt: skip

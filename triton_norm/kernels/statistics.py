@@ -10,17 +10,31 @@ from .tiles import load_tile, offsets, over_group, row_block, row_length, row_of
 
 
 @triton.jit
+def product(a, b, FEW: tl.constexpr):
+    """a * b, the terms of a sum of which each lane may hold one, FEW.
+
+    Lanes add each other's term to their own. Contracted with that sum, a product is rounded on one side alone, so lanes
+    would differ in the last bit of what is one number; and a row's copies in its padding, computed by other lanes, too.
+    """
+    if FEW:
+        return tl.fma(a, b, tl.zeros_like(a))
+    else:
+        return a * b
+
+
+@triton.jit
 def moments(x, live, n, CORRECT: tl.constexpr, NORM: tl.constexpr):
     """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns.
 
     Without a mean to subtract (RMS norm) that is 0 and Σx². CORRECT takes back the rounding of the mean, which matters
     where it is large against the deviation: the corrected two-pass algorithm of Chan, Golub and LeVeque (1983).
     """
+    FEW: tl.constexpr = x.shape[0] * x.shape[1] <= 2048
     if not NORM.CENTERED:
-        return tl.zeros((x.shape[0],), x.dtype), tl.sum(x * x, 1)
+        return tl.zeros((x.shape[0],), x.dtype), tl.sum(product(x, x, FEW), 1)
     mean = tl.sum(x, 1) / n
     centered = tl.where(live, x - mean[:, None], 0.0)
-    m2 = tl.sum(centered * centered, 1)
+    m2 = tl.sum(product(centered, centered, FEW), 1)
     if CORRECT:
         rest = tl.sum(centered, 1) / n
         m2 -= n * rest * rest
@@ -62,7 +76,7 @@ def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, NORM: tl.cons
             mean_j += tl.load(partials + 3 * plane + row, mask=mask, other=0.0) - anchor[:, None]
         m2_j = tl.load(partials + 2 * plane + at, mask=mask, other=0.0)
         n_block = tl.sum(n_j, 1)
-        mean_block = tl.sum(n_j * mean_j, 1) / tl.where(live, n_block, 1.0)
+        mean_block = tl.sum(product(n_j, mean_j, True), 1) / tl.where(live, n_block, 1.0)
         distance = mean_j - mean_block[:, None]
         share = n_block / tl.where(live, n + n_block, 1.0)
         delta = mean_block - mean

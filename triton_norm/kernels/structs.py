@@ -46,7 +46,7 @@ class Layout(NamedTuple):
 
 
 class Pad(NamedTuple):
-    """A mode of ``padding.MODES``, and how many places each dimension gains in front (low) and behind (high)."""
+    """A mode of ``padding.MODES``, how far each dimension is padded in front (low) and behind (high), what follows."""
 
     MODE: int
     LOW_D: int
@@ -55,6 +55,14 @@ class Pad(NamedTuple):
     HIGH_H: int
     LOW_W: int
     HIGH_W: int
+    #: ``padding.places`` along each dimension.
+    PLACES_D: int
+    PLACES_H: int
+    PLACES_W: int
+    #: Rows are volumes; in planes and lines d is 0.
+    DEEP: bool
+    #: Columns of a tile of the border, a power of two.
+    WIDTH: int
 
 
 class Block(NamedTuple):

@@ -1,5 +1,6 @@
 """A geometry cut up by a plan, in the numbers that kernels take, and where the plan comes from."""
 
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,14 +13,14 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..geometry import Geometry, view
 from ..kernels import tl
-from ..kernels.padding import MODES
+from ..kernels.padding import MODES, places
 from ..kernels.structs import Block, Layout, Norm, Pad
 from ..kernels.tiles import AFFINES
 from ..spec import Spec
 from ..tuning import autotune
 from ..tuning.autotune import Problem, Walked
 from ..tuning.candidates import Work
-from ..tuning.plan import Plan, cdiv
+from ..tuning.plan import Plan, cdiv, power_of_2
 from . import devices
 from .launch import Launch
 
@@ -73,7 +74,11 @@ class Tiling:
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.geometry.wide, *self.geometry.alignment, self.plan.fits(self.geometry))
+        g = self.geometry
+        # A padded tensor is larger than what its geometry counts.
+        last = sum((sum(line) - 1) * stride for line, stride in zip(self.lines, (g.y_d, *g.y[2:]), strict=True))
+        wide = g.wide or (g.padded and last >= 2**31)
+        return Layout(wide, *g.alignment, self.plan.fits(g))
 
     @property
     def norm(self) -> Norm:
@@ -84,12 +89,22 @@ class Tiling:
         )  # fmt: skip
 
     @property
+    def lines(self) -> list[tuple[int, int, int]]:
+        """Of a launch that pads, in d, h and w: how far it pads in front and behind, and the size of what it pads."""
+        g, sides = self.geometry, (*self.spec.sides(self.dims), 0, 0, 0, 0)
+        sizes = (g.K // max(g.H, 1), g.H, g.S)
+        return [(*sides[i : i + 2], size) for i, size in zip((4, 2, 0), sizes, strict=True)]
+
+    @property
     def pad(self) -> Pad | None:
-        sides = self.spec.sides(self.dims)
-        if not sides:
+        if not self.geometry.padded:
             return None
-        w, h, d = ((*sides, 0, 0, 0, 0)[i : i + 2] for i in (0, 2, 4))
-        return Pad(MODES[self.spec.padding_mode], *d, *h, *w)
+        mode = self.spec.padding_mode
+        border = math.prod(map(sum, self.lines)) - self.geometry.columns
+        # A program's part of the border at once, unless that were more than two elements for each thread.
+        width = min(cdiv(border, self.plan.splits), max(64 * self.plan.warps // self.plan.rows, 1))
+        sides = [side for line in self.lines for side in line[:2]]
+        return Pad(MODES[mode], *sides, *(places(mode, *line) for line in self.lines), self.dims > 4, power_of_2(width))
 
     @property
     def acc(self) -> tl.dtype:
