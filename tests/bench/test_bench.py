@@ -490,7 +490,13 @@ def tile(affine="row", rows=1, columns=4096, **changes) -> dict:
 )
 def test_the_check_of_compiled_code(arguments, loads, stores, spills, verdict):
     report = Report("kernel", 4, 32, spills, 0, 0, loads, stores, arguments=arguments)
-    assert kernels.judge(report, kernels.Tile.of(report, 32)) == verdict
+    assert kernels.judge(report, kernels.Tile.of(report, 32), 0) == verdict
+
+
+def test_what_does_not_compile_or_fit_is_a_fault():
+    assert kernels.judge(Report("kernel", 4, 32, 0, 0, 2**16 + 1, {}, {}), None, 2**16) == "shared memory"
+    failed = Report("kernel", 4, 0, 0, 0, 0, {}, {}, error="PTXASError: no")
+    assert kernels.judge(failed, None, 2**16) == "does not compile (PTXASError: no)"
 
 
 SCRIPTS = {"run": run, "plot": plot, "traffic": traffic, "kernels": kernels, "host": host, "session": session,
@@ -508,7 +514,7 @@ BAD = {
     "run out": ("run", [*QUICK, "--shapes", "patchgan", "--out", "file/x"], "cannot make the directory file/x: "),
     "traffic no shape": ("traffic", ["--shapes", "vgg"], "no shape has such a name"),
     "traffic out": ("traffic", ["--out", "nowhere/t.csv"], "cannot write nowhere/t.csv: No such file"),
-    "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_80, "),
+    "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_75, sm_80, "),
     "kernels interpreted": ("kernels", ["--quick"], "TRITON_INTERPRET is set"),
     "host interpreted": ("host", ["--quick"], "TRITON_INTERPRET is set"),
     "host option": ("host", ["--slow"], "unrecognized arguments: --slow"),
