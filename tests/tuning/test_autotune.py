@@ -42,6 +42,8 @@ def by_the_book(request, monkeypatch):
     """What is measured says itself how long it takes."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setattr(measure, "seconds", lambda call: call())
+        monkeypatch.setattr(measure, "results", lambda call: [])
+        monkeypatch.setattr(measure, "compile_ahead", lambda problem, plans: None)
 
 
 class Clock:
@@ -276,6 +278,7 @@ calls = []
 def scratch(problem):
     return lambda plan: lambda: calls.append(plan) or 1 / len(calls)
 autotune.measure.seconds = lambda call: call()
+autotune.measure.results = lambda call: []
 problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, None, scratch)
 plan, untuned = autotune.find(problem)
 if untuned:
@@ -662,7 +665,7 @@ def test_what_is_measured_is_the_problem_itself(stopwatch, tried, kind, reduce, 
     # Of an input that lies unlike the result no bits are kept.
     assert (p.work.reduce, p.work.extra) == (reduce, "residual" if (extra, layout) == ("bits", "cropped") else extra)
     for _ in range(2):
-        assert measure.measurer(p)(p.work.heuristic()) > 0
+        assert measure.Trial(p)(p.work.heuristic()) > 0
     assert tried == [p, p]
     assert stopwatch == [p.work.heuristic()] * 2
 
@@ -682,7 +685,7 @@ def test_padded_problems_are_measured_padded(tried, kind, shape, padding, layout
     assert [p.work.backward for p in planes] == [False, True]
     for p in found.values():
         tried.clear()
-        measure.measurer(p)(p.work.heuristic())
+        measure.Trial(p)(p.work.heuristic())
         assert p in tried
     norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
     assert len(on_disk()) == len(found)
@@ -839,7 +842,7 @@ def test_gpu_tuned_is_never_slower_than_the_heuristic(name, monkeypatch):
     slower = []
     for p, (chosen, _) in found.items():
         if chosen != p.work.heuristic():
-            seconds = measure.measurer(p)
+            seconds = measure.Trial(p)
             tuned, heuristic = (min(seconds(plan) for _ in range(3)) for plan in (chosen, p.work.heuristic()))
             if tuned > 1.03 * heuristic:
                 slower.append(f"{p.key}: {tuned * 1e6:.1f} µs against {heuristic * 1e6:.1f} µs")

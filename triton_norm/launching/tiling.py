@@ -2,7 +2,7 @@
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -154,8 +154,15 @@ def _capturing(device: int) -> bool:
 
 
 def on_trial(problem: Problem, plan: Plan) -> Planner:
-    """A planner that has this plan for this problem, and the heuristic one for any other."""
-    return lambda other: plan if other == problem else other.work.heuristic()
+    """A planner that has this plan for this problem, and the heuristic one for any other.
+
+    For the problem's GPU, where ever the operands are: tensors without memory are on none.
+    """
+
+    def planner(other: Problem) -> Plan:
+        return plan if other.key == problem.key else replace(other.work, device=problem.work.device).heuristic()
+
+    return planner
 
 
 def numbers(spec: Spec) -> tuple:
