@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -22,72 +21,17 @@ import torch
 from oracle import Arguments, call
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tuned import TARGET, file, forget, on_disk
+from tuned import TARGET, Clock, file, forget, on_disk, options, problem, tune, work
 
 import triton_norm as tn
 from triton_norm.cli import tune as cli
 from triton_norm.cli.shapes import LAYOUTS, SHAPES, Case
-from triton_norm.geometry import view
 from triton_norm.launching import bound, devices, tiling
 from triton_norm.tuning import autotune, candidates, measure, table
-from triton_norm.tuning.autotune import Problem
-from triton_norm.tuning.candidates import HOPELESS, Work, cost
+from triton_norm.tuning.candidates import HOPELESS, cost
 from triton_norm.tuning.plan import Device, Plan
 
-pytestmark = pytest.mark.usefixtures("untuned")
-
-
-@pytest.fixture(autouse=True)
-def by_the_book(request, monkeypatch):
-    """What is measured says itself how long it takes."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(measure, "seconds", lambda call: call())
-        monkeypatch.setattr(measure, "results", lambda call: [])
-        monkeypatch.setattr(measure, "compile_ahead", lambda problem, plans: None)
-
-
-class Clock:
-    """A problem's scratch: ``times`` maps a plan to seconds or to what is raised, others take a second."""
-
-    def __init__(self, times=None):
-        self.times = times or {}
-        self.calls = Counter()
-
-    def __call__(self, problem):
-        return lambda plan: partial(self.measure, plan)
-
-    def measure(self, plan):
-        self.calls[plan] += 1
-        found = self.times.get(plan, 1.0)
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-
-def strides(shape, layout="contiguous"):
-    x = torch.empty(shape, device="meta")
-    if layout == "channels_last":
-        x = x.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)])
-    return x.stride()
-
-
-def work(kind="instance", shape=(1, 256, 64, 64), layout="contiguous", backward=False, extra="none", itemsize=2,
-         reduce=True, device=Device(), width=0, affine="row"):  # fmt: skip  # noqa: B008
-    at = strides(shape, layout)
-    return Work(view(kind, shape, at, at, width), itemsize, backward, reduce, extra, device, affine)
-
-
-def problem(**arguments) -> Problem:
-    w = work(**arguments)
-    return Problem(w, autotune.key("instance", "float16", w), TARGET, None, None, None)
-
-
-def tune(p: Problem, scratch) -> None:
-    autotune.tune(replace(p, scratch=scratch))
-
-
-def options(p: Problem, most=4) -> list[Plan]:
-    return candidates.candidates(p.work, most)
+pytestmark = pytest.mark.usefixtures("untuned", "by_the_book")
 
 
 def seen_by_kernels(case: Case) -> tuple:
