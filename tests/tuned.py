@@ -9,9 +9,9 @@ import torch
 
 from triton_norm.geometry import view
 from triton_norm.tuning import autotune, candidates, table
-from triton_norm.tuning.autotune import Problem
 from triton_norm.tuning.candidates import Work
 from triton_norm.tuning.plan import Device, Plan
+from triton_norm.tuning.problem import Problem, key
 
 #: What the interpreter is called where it stands for a GPU.
 TARGET = "Test GPU sm_00, triton 0.0"
@@ -65,7 +65,7 @@ def work(kind="instance", shape=(1, 256, 64, 64), layout="contiguous", backward=
 
 def problem(**arguments) -> Problem:
     w = work(**arguments)
-    return Problem(w, autotune.key("instance", "float16", w), TARGET, None, None, None)
+    return Problem(w, key("instance", "float16", w), TARGET, None, None, None)
 
 
 def tune(p: Problem, scratch) -> None:

@@ -30,6 +30,7 @@ from triton_norm.launching import bound, devices, tiling
 from triton_norm.tuning import autotune, candidates, measure, table
 from triton_norm.tuning.candidates import HOPELESS, cost
 from triton_norm.tuning.plan import Device, Plan
+from triton_norm.tuning.problem import key
 
 pytestmark = pytest.mark.usefixtures("untuned", "by_the_book")
 
@@ -216,6 +217,7 @@ from triton_norm.tuning import autotune
 from triton_norm.tuning.candidates import Work, candidates
 from triton_norm.geometry import view
 from triton_norm.tuning.plan import Device
+from triton_norm.tuning.problem import Problem, key
 at = (256 * 64 * 64, 64 * 64, 64, 1)
 work = Work(view("instance", (1, 256, 64, 64), at, at), 2, False, True, "none", Device())
 calls = []
@@ -223,7 +225,7 @@ def scratch(problem):
     return lambda plan: lambda: calls.append(plan) or 1 / len(calls)
 autotune.measure.seconds = lambda call: call()
 autotune.measure.results = lambda call: []
-problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, None, scratch)
+problem = Problem(work, key("instance", "float16", work), "GPU", None, None, scratch)
 plan, untuned = autotune.find(problem)
 if untuned:
     autotune.tune(problem)
@@ -450,7 +452,7 @@ def test_keys_tell_apart_what_runs_differently():
         work(layout="channels_last"),
         work(shape=(2, 128, 64, 64)),
     ]
-    keys = {autotune.key(kind, dtype, w) for w in works for kind in ("batch", "instance") for dtype in ("a", "b")}
+    keys = {key(kind, dtype, w) for w in works for kind in ("batch", "instance") for dtype in ("a", "b")}
     assert len(keys) == 4 * len(works)
 
 

@@ -17,9 +17,9 @@ from ..kernels.structs import Block, Layout, Norm, Pad
 from ..kernels.tiles import AFFINES
 from ..spec import Spec
 from ..tuning import autotune
-from ..tuning.autotune import Problem, Walked
 from ..tuning.candidates import Work
 from ..tuning.plan import Plan, cdiv
+from ..tuning.problem import Problem, Walked, key
 from . import devices
 from .launch import Launch
 
@@ -119,7 +119,7 @@ def cut(
     work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
     name = str(x.dtype).removeprefix("torch.")
     problem = Problem(
-        work, autotune.key(walked, name, work), devices.target(index), index,
+        work, key(walked, name, work), devices.target(index), index,
         Walked(walked, tuple(x.shape), x.stride(), name, width), scratch,
     )  # fmt: skip
     plan = plans(problem)

@@ -6,8 +6,8 @@ them) or ``0`` (nothing is measured, no table is read: the heuristic plan). Meas
 the package's ``tables`` folder are looked up beneath it. All of this is per process, not per thread: backward passes
 run in threads of their own.
 
-A problem brings along how a call with another plan is made; measure.py times it, and compares its results with the
-heuristic plan's. A plan that fails or whose results differ is remembered by failures.py and not tried again.
+measure.py times a problem's calls with other plans, and compares their results with the heuristic plan's. A plan that
+fails or whose results differ is remembered by failures.py and not tried again.
 """
 
 import logging
@@ -18,16 +18,15 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from . import failures, measure, settings, table
-from .candidates import Work, candidates
+from .candidates import candidates
 from .failures import Failed
 from .plan import Plan
+from .problem import Problem
 from .settings import MODES, Block, Innermost, current_mode
 from .table import Entry, Table
 
@@ -36,43 +35,6 @@ __all__ = ["clear", "export", "load", "mode", "path"]
 #: Seconds of tuning after which the user is told what takes so long.
 LONG = 2.0
 SHIPPED = Path(__file__).parent / "tables"
-
-
-class Walked(NamedTuple):
-    """What is normalized and how, as a person would name it: the arguments of ``geometry.view``, and the dtype."""
-
-    kind: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    width: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One direction of a call. ``target`` names the GPU and compiler, and is None where nothing is compiled."""
-
-    work: Work
-    key: str
-    target: str | None
-    #: The GPU's number, None for the CPU.
-    device: int | None
-    walked: Walked = field(compare=False)
-    #: ``scratch(problem)`` allocates tensors and gives a function from a plan to a call on them, to be measured.
-    scratch: Callable[["Problem"], Callable[[Plan], Callable[[], object]]] = field(compare=False, repr=False)
-
-
-def key(kind: str, dtype: str, work: Work) -> str:
-    """All that a plan's time depends on, but for the activation and what moves no bytes to speak of."""
-    g = work.geometry
-    direction = "backward" if work.backward else "forward"
-    statistics = "own" if work.reduce else "given"
-    sizes = f"A={g.A} G={g.G} K={g.K} S={g.S} channels={g.channels}"
-    strides = f"x={','.join(map(str, g.x))} y={','.join(map(str, g.y))}"
-    planes = f" H={g.H} y_d={g.y_d}" if g.padded else ""
-    rest = f" group={g.group}" if g.group > 1 else ""
-    rest += f" affine={work.affine}" if work.affine != "row" else ""
-    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}{rest}"
 
 
 class _State:
@@ -97,6 +59,7 @@ _state = _State()
 _warned: set[str] = set()
 _recordings: Innermost[dict[tuple[str | None, str], Problem]] = Innermost()
 _lock = threading.RLock()
+_choices: Innermost[Callable[[Problem], Plan | None]] = Innermost()
 _listeners: list[Callable[[], None]] = []
 _log = logging.getLogger("triton_norm")
 
@@ -158,6 +121,18 @@ def recording() -> Iterator[dict[tuple[str | None, str], Problem]]:
         yield met
 
 
+@contextmanager
+def choosing(choose: Callable[[Problem], Plan | None]) -> Iterator[None]:
+    """Inside the block problems run with the plan that ``choose`` gives, as ever where it gives None."""
+    with _choices.within(choose):
+        forget()
+        try:
+            yield
+        finally:
+            forget()
+    forget()
+
+
 def path() -> Path:
     """The user's table. Raises OSError where there is no home directory."""
     folder = os.environ.get("TRITON_NORM_CACHE_DIR")
@@ -186,6 +161,9 @@ def find(problem: Problem) -> tuple[Plan, bool]:
     for met in _recordings:
         met.setdefault((problem.target, problem.key), problem)
         break
+    for choose in _choices:
+        if (chosen := choose(problem)) is not None:
+            return chosen, False
     if problem.target is None or (name := current_mode()) == "0":
         return problem.work.heuristic(), False
     found = entry(problem)

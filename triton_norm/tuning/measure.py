@@ -8,16 +8,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .autotune import Problem
+from .problem import Problem
 
 #: Milliseconds for each plan. Twelve plans forward and twelve backward stay under two seconds.
 WARM_UP, MEASURE = 10, 50
@@ -73,7 +71,7 @@ def scratch(layouts: Sequence[Layout | None], device: int | str | None) -> list[
     return [tensor(layout) for layout in layouts]
 
 
-def compile_ahead(problem: "Problem", plans: Sequence[Plan]) -> None:
+def compile_ahead(problem: Problem, plans: Sequence[Plan]) -> None:
     """Has Triton compile what the plans launch, side by side, where its release can do that.
 
     Errors are left to whoever runs the plan.
@@ -103,7 +101,7 @@ class Trial:
     Raises what the call raises, and Disagreement.
     """
 
-    def __init__(self, problem: "Problem") -> None:
+    def __init__(self, problem: Problem) -> None:
         self._problem = problem
         self._expected: list[Tensor | None] | None = None
         with on(problem.device), torch.no_grad():
