@@ -137,15 +137,18 @@ def _apart(kind: str) -> tuple[str, ...]:
 
 
 def cases(on_gpu: bool, quick: bool) -> Iterator[Case]:
-    """Every kernel, regime, layout, dtype, activation and padding, not their product: of layouts and dtypes each second."""
+    """Every kernel, regime, layout, dtype, activation and padding, but not their product.
+
+    Of the pairs of a dtype and a layout each second is met, on a GPU each fourth, since there a case must be compiled.
+    """
     dtypes = [torch.float32] if quick else list(TOLERANCES)
     activations = ("relu", "silu", None, "leaky_relu", "gelu")
-    number = 0
+    every, number = 1 if quick else 4 if on_gpu else 2, 0
     for kind in KINDS:
         shape = ROW_SHAPE if kind in ROWS else POSITIONS if kind == "channels" else PLANES
-        for regime in _regimes(kind):
+        for turn, regime in enumerate(_regimes(kind)):
             for (i, dtype), (j, layout) in product(enumerate(dtypes), enumerate(LAYOUTS)):
-                if layout not in _layouts(kind, regime) or (not quick and (i + j) % 2):
+                if layout not in _layouts(kind, regime) or (i + j + turn) % every:
                     continue
                 # What else a call may have takes turns.
                 number += 1
@@ -176,10 +179,11 @@ def cases(on_gpu: bool, quick: bool) -> Iterator[Case]:
     if on_gpu:
         large = {"layer": (512, 1024), "rms": (512, 4096), "channels": (4, 96, 28, 28)}
         for kind in KINDS:
-            for dtype in dtypes:
-                for shape in (large.get(kind, (2, 64, 31, 31)), large.get(kind, (2, 64, 128, 128))):
-                    for layout in ("contiguous",) if kind in ROWS else ("contiguous", "channels_last"):
-                        yield Case("plans as chosen", kind, shape, dtype, layout, "as chosen", residual=True)
+            shapes = large.get(kind, (2, 64, 31, 31)), large.get(kind, (2, 64, 128, 128))
+            layouts = ("contiguous", "unaligned" if kind in ROWS else "channels_last")
+            for dtype, shape, layout in zip((torch.float16, torch.float32), shapes, layouts, strict=True):
+                yield Case("plans as chosen", kind, shape, dtype, layout, "as chosen", residual=True)
+                yield Case("plans as chosen", kind, shape, dtype, "contiguous", "as chosen", "silu")
 
 
 @dataclass

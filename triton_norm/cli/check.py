@@ -3,9 +3,12 @@
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,8 @@ DETAILS = (
     "there is no GPU the kernels run in Triton's interpreter, on the CPU. The exit status is 1 on any fault. What it "
     "prints belongs in a bug report."
 )
+#: Processes at most: on a GPU it is compiling that takes the time.
+MOST_JOBS = 8
 #: Faults that are told one by one.
 TOLD = 20
 
@@ -45,7 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     add("--quick", action="store_true", help="float32 alone: a third of the time")
+    jobs = min(os.cpu_count() or 1, MOST_JOBS)
+    add("--jobs", type=_count, default=jobs, metavar="N", help="processes that share the work (default: %(default)s)")
     add("--out", type=Path, metavar="FILE", help="write the report there as well, as JSON if it ends in .json")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of processes, but got {text!r}")
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -54,14 +67,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         check_out(arguments.out)
     device = pick_device(arguments.device)
-    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return _interpreted(arguments)
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # such small tensors only wait for a second thread
-    else:
-        torch.cuda.set_device(device)
     start = time.monotonic()
-    outcomes = _outcomes(device, arguments.quick)
+    outcomes = _outcomes(list(cases.cases(device.type == "cuda", arguments.quick)), device, arguments.jobs)
     seconds = time.monotonic() - start
     text = report(outcomes, device, seconds)
     print(text)
@@ -70,26 +77,64 @@ def run(arguments: argparse.Namespace) -> int:
     return int(any(outcome.is_fault for outcome in outcomes))
 
 
-def _interpreted(arguments: argparse.Namespace) -> int:
-    """In a process of its own, since Triton must know of its interpreter before it is imported."""
-    command = [sys.executable, "-m", "triton_norm", NAME, "--device", "cpu"]
-    command += ["--quick"] if arguments.quick else []
-    command += ["--out", str(arguments.out)] if arguments.out else []
-    # Each thread of a pool that is not used may still spin.
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, env=environment).returncode
-
-
-def _outcomes(device: torch.device, quick: bool) -> list[Outcome]:
-    chosen = list(cases.cases(device.type == "cuda", quick))
-    families = dict.fromkeys(case.family for case in chosen)
-    progress = Progress(len(families))
-    found = []
-    for family in families:
-        progress(family)
-        found += [_outcome(case, device) for case in chosen if case.family == family]
+def _outcomes(chosen: Sequence[cases.Case], device: torch.device, jobs: int) -> list[Outcome]:
+    families: dict[str, list[cases.Case]] = {}
+    for case in chosen:
+        families.setdefault(case.family, []).append(case)
+    progress, found = Progress(len(families)), []
+    # Triton must know of its interpreter before it is imported: in other processes, unless it was told.
+    if jobs == 1 and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
+        for family, of in families.items():
+            progress(family)
+            found += _family(of, device)
+    else:
+        with _environment_for(device), _pool(jobs) as pool:
+            futures = {family: pool.submit(_family, of, device) for family, of in families.items()}
+            for family, future in futures.items():
+                progress(family)
+                try:
+                    found += future.result()
+                except BrokenProcessPool:
+                    found += _by_itself(families[family], device)
     progress.clear()
     return found
+
+
+def _pool(jobs: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(jobs, get_context("spawn"))
+
+
+def _by_itself(family: Sequence[cases.Case], device: torch.device) -> list[Outcome]:
+    """Case by case, to find which of them took its process along."""
+    found = []
+    for case in family:
+        with _pool(1) as pool:
+            try:
+                found += pool.submit(_family, [case], device).result()
+            except BrokenProcessPool:
+                found.append(Outcome(case.family, case.name, None, "its process died"))
+    return found
+
+
+@contextmanager
+def _environment_for(device: torch.device) -> Iterator[None]:
+    """What processes that are started inside the block find."""
+    before = dict(os.environ)
+    if device.type == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+        # Such small tensors only wait for a second thread.
+        os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _family(family: Sequence[cases.Case], device: torch.device) -> list[Outcome]:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    return [_outcome(case, device) for case in family]
 
 
 def _outcome(case: cases.Case, device: torch.device) -> Outcome:
@@ -103,8 +148,8 @@ def _outcome(case: cases.Case, device: torch.device) -> Outcome:
 
 
 def _environment(device: torch.device) -> dict[str, str]:
-    backend = {"TRITON_INTERPRET": "1"}.items() <= os.environ.items()
-    ran = info.BACKENDS["interpreter" if backend else "triton"]
+    interpreted = device.type == "cpu" or os.environ.get("TRITON_INTERPRET") == "1"
+    ran = info.BACKENDS["interpreter" if interpreted else "triton"]
     return {**info.versions(), "device": info.device_name(device), "ran": ran}
 
 
