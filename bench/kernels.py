@@ -131,11 +131,14 @@ def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> 
     return list(found.values())
 
 
+def _targets(text: str) -> list[str]:
+    return list(TARGETS) if text == "all" else common.comma_list(TARGETS, "target")(text)
+
+
 def parser() -> Parser:
     parser = Parser(prog="bench.kernels", description=__doc__)
     add = parser.add_argument
-    add("--targets", type=common.comma_list(TARGETS, "target"), metavar="A,B",
-        help=f"{', '.join(TARGETS)} (default: all; sm_90 with --quick)")  # fmt: skip
+    add("--targets", type=_targets, metavar="A,B", help=f"{', '.join(TARGETS)} or all (default: all; --quick: sm_90)")
     add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
     add(
         "--shapes",

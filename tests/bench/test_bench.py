@@ -355,7 +355,7 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-SECTIONS = ("host", "times", "traffic")
+SECTIONS = ("host", "kernels", "times", "traffic")
 README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
 
 
@@ -383,6 +383,15 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
     assert "](results/imagined/speedup.png)" in text
     assert "memory.png" not in text
+
+    row = {"target": "sm_75", "kernel": "normalize", "dtype": "float32", "registers": 40, "spills": 0, "shared": 512}
+    row |= {"verdict": "ok", "first_shape": "a-shape"}
+    spilled = row | {"registers": 255, "spills": 24, "shared": 2048, "verdict": "spill"}
+    kernels.common.write_csv(results / "kernels-triton-1.2.csv", kernels.FIELDS, [row, spilled])
+    assert readme.main(arguments) == 0
+    line = "| sm_75 | T4 | 2 | 1 | 255 | 2 of 64 KiB | normalize float32 of a-shape: spill of 24 bytes |"
+    assert f"**Triton 1.2**:\n\n{'| ' + ' | '.join(readme.KERNEL_HEADER) + ' |'}\n" in page.read_text()
+    assert line in page.read_text()
 
 
 def test_the_readme_is_up_to_date():
