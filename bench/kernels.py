@@ -1,8 +1,8 @@
 """What compilers make of every kernel at the shape lists' configurations. ``python -m bench.kernels``; needs no GPU.
 
 The public layers run forward and backward on untouched CPU memory under a driver that compiles and launches nothing, so
-what is compiled is what a GPU would be given, untuned. ``--check`` fails on a spill, and on narrow accesses where the
-plane allows 16-byte ones.
+what is compiled is what a GPU would be given, untuned. ``--check`` fails on what does not compile, on a spill, on more
+shared memory than the GPU has, and on narrow accesses where the plane allows 16-byte ones.
 """
 
 import math
@@ -91,8 +91,12 @@ class Tile:
         return sum(n for bits, n in counts.items() if bits >= 8 * width) < tensors * self.bytes_per_thread // width
 
 
-def judge(report: Report, tile: Tile | None) -> str:
+def judge(report: Report, tile: Tile | None, shared: int) -> str:
+    """``shared`` is how many bytes of shared memory a program may have."""
+    if report.error:
+        return f"does not compile ({report.error})"
     faults = ["spill"] if report.spills else []
+    faults += ["shared memory"] if report.shared > shared else []
     if tile is not None and tile.aligned:
         faults += ["narrow loads"] if tile.narrow(report.loads, tile.read) else []
         faults += ["narrow stores"] if tile.narrow(report.stores, tile.written) else []
@@ -106,7 +110,7 @@ def _widths(counts: dict[int, int]) -> str:
 def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> list[Row]:
     """One row per distinct configuration, in the order of first use."""
     found: dict[tuple, Row] = {}
-    warp_size = TARGETS[target][0].warp_size
+    warp_size = TARGETS[target].gpu.warp_size
     for shape, dtype in work:
         progress(f"{target} {shape.name} {dtype}")
         with compiling(target) as reports, kernels_for_cpu_tensors():
@@ -117,7 +121,8 @@ def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> 
                 "target": target, "kernel": report.kernel, "dtype": dtype, "tile": tile.text if tile else "",
                 "warps": report.warps, "registers": report.registers, "spills": report.spills,
                 "shared": report.shared, "loads": _widths(report.loads), "stores": _widths(report.stores),
-                "aligned": "" if tile is None else "yes" if tile.aligned else "no", "verdict": judge(report, tile),
+                "aligned": "" if tile is None else "yes" if tile.aligned else "no",
+                "verdict": judge(report, tile, TARGETS[target].shared),
             }  # fmt: skip
             row = found.setdefault(tuple(row.values()), row | {"shapes": [], "first_shape": shape.name})
             row["shapes"].append(shape.name)
@@ -126,11 +131,14 @@ def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> 
     return list(found.values())
 
 
+def _targets(text: str) -> list[str]:
+    return list(TARGETS) if text == "all" else common.comma_list(TARGETS, "target")(text)
+
+
 def parser() -> Parser:
     parser = Parser(prog="bench.kernels", description=__doc__)
     add = parser.add_argument
-    add("--targets", type=common.comma_list(TARGETS, "target"), metavar="A,B",
-        help=f"{', '.join(TARGETS)} (default: all; sm_90 with --quick)")  # fmt: skip
+    add("--targets", type=_targets, metavar="A,B", help=f"{', '.join(TARGETS)} or all (default: all; --quick: sm_90)")
     add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
     add(
         "--shapes",
@@ -141,7 +149,7 @@ def parser() -> Parser:
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="the short list of shapes: under a minute")
-    add("--check", action="store_true", help="exit with 1 on a spill, or a narrow access where the plane is aligned")
+    add("--check", action="store_true", help="exit with 1 if any verdict is not ok")
     add("--out", type=Path, metavar="CSV", help="write every row to this file")
     return parser
 

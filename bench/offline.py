@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -26,20 +26,52 @@ from triton_norm.ops import backend
 from triton_norm.tuning import autotune
 from triton_norm.tuning.plan import Device
 
-#: Name, target, and the multiprocessors of a typical card.
+
+class Target(NamedTuple):
+    """A GPU architecture: what Triton compiles for, a typical card of it, and what a program may take there."""
+
+    gpu: GPUTarget
+    device: Device
+    card: str
+    #: Bytes of shared memory that one program may have.
+    shared: int
+
+
+def _nvidia(capability: int, card: str, shared_kib: int, *of_device: int) -> Target:
+    return Target(GPUTarget("cuda", capability, 32), _device(32, *of_device), card, shared_kib * 2**10)
+
+
+def _amd(architecture: str, card: str, shared_kib: int, *of_device: int) -> Target:
+    return Target(GPUTarget("hip", architecture, 64), _device(64, *of_device), card, shared_kib * 2**10)
+
+
+def _device(warp_size: int, multiprocessors: int, l2_mib: int, threads: int = 2048) -> Device:
+    return Device(multiprocessors, warp_size, l2_mib * 2**20, threads)
+
+
+#: By name. From the vendors' data sheets and tables of compute capabilities: KiB of shared memory for a program,
+#: multiprocessors, MiB of L2, and threads that a multiprocessor runs at a time. Every one has 64 K registers for 32
+#: lanes, or twice that many for 64.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), Device(108, 32)),
-    "sm_90": (GPUTarget("cuda", 90, 32), Device(132, 32)),
-    "sm_100": (GPUTarget("cuda", 100, 32), Device(148, 32)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), Device(304, 64)),
+    "sm_75": _nvidia(75, "T4", 64, 40, 4, 1024),
+    "sm_80": _nvidia(80, "A100", 163, 108, 40),
+    "sm_86": _nvidia(86, "RTX 3090", 99, 82, 6, 1536),
+    "sm_89": _nvidia(89, "RTX 4090", 99, 128, 72, 1536),
+    "sm_90": _nvidia(90, "H100", 227, 132, 50),
+    "sm_100": _nvidia(100, "B200", 227, 148, 126),
+    "sm_120": _nvidia(120, "RTX 5090", 99, 170, 96, 1536),
+    "gfx90a": _amd("gfx90a", "MI250X", 64, 110, 8),
+    "gfx942": _amd("gfx942", "MI300X", 64, 304, 4),
+    "gfx950": _amd("gfx950", "MI355X", 160, 256, 4),
 }
+
 
 
 class StubDriver:
     """Just enough of a Triton driver to compile for a target. Each target has a device number, hence its own cache."""
 
     def __init__(self, name: str):
-        self.target = TARGETS[name][0]
+        self.target = TARGETS[name].gpu
         self.device = list(TARGETS).index(name)
 
     def get_current_target(self) -> GPUTarget:
@@ -66,6 +98,8 @@ class Report:
     loads: dict[int, int]
     stores: dict[int, int]
     grid: tuple[int, ...] = ()
+    #: What the compiler said, where it failed: the figures are 0 then.
+    error: str = ""
     #: What the kernel was launched with, by name.
     arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -80,16 +114,21 @@ def compiling(target: str) -> Iterator[list[Report]]:
 
     def compile_only(launch: Launch, *pointers: torch.Tensor | None) -> None:
         kernel, arguments = launch._kernel, (*pointers, *launch._constants)
-        compiled = kernel.warmup(*arguments, grid=launch._grid, **launch._options)
+        try:
+            report = inspect(kernel.warmup(*arguments, grid=launch._grid, **launch._options))
+        except Exception as error:
+            # Each compiler has exceptions of its own. A launch that fails is a finding: the others are compiled too.
+            failed = f"{type(error).__name__}: {error}".splitlines()[0]
+            report = Report(kernel.__name__, launch._options["num_warps"], 0, 0, 0, 0, {}, {}, error=failed)
         named = dict(zip(kernel.arg_names, arguments, strict=True))
-        reports.append(replace(inspect(compiled), grid=launch._grid, arguments=named))
+        reports.append(replace(report, grid=launch._grid, arguments=named))
 
     triton.runtime.driver.set_active(StubDriver(target))
     # A change of the mode also has calls forgotten that were bound for another target.
     with (
         autotune.mode("0"),
         mock.patch.object(Launch, "__call__", compile_only),
-        mock.patch.object(devices, "device", lambda index: TARGETS[target][1]),
+        mock.patch.object(devices, "device", lambda index: TARGETS[target].device),
     ):
         yield reports
 

@@ -2,7 +2,9 @@
 
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
 ``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``), the host's times from
-``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that). Nothing is typed by hand.
+``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), and what compiles for which GPU from
+``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
+float16,bfloat16,float32 --out`` that). Nothing is typed by hand.
 """
 
 import csv
@@ -13,6 +15,7 @@ from pathlib import Path
 
 from . import common, plot
 from .common import ROOT, Parser, UserError
+from .offline import TARGETS
 from .run import JSON
 from .session import geometric_means
 
@@ -28,6 +31,7 @@ PICTURES = {
 HOST_HEADER = (
     "layer", "forward, µs", "in launches", "unfused", "no_grad", "forward + backward, µs", "in launches", "unfused"
 )  # fmt: skip
+KERNEL_HEADER = ("target", "a card", "kernels", "without a fault", "most registers", "most shared memory", "faults")
 TRAFFIC_HEADER = ("shape", "what", "direction", "launches", "bytes per element", "fewest possible", "PyTorch eager")
 
 
@@ -104,6 +108,35 @@ def _host_line(name: str, of: dict[str, dict[str, str]], launch: float) -> tuple
     return name, *times(of["forward"]), f"{float(of['forward']['no_grad_us']):.1f}", *times(of["both"])
 
 
+def kernels(results: Path) -> Iterator[str]:
+    """What compiles without a spill where, with each release of Triton."""
+    found = sorted(results.glob("kernels-triton-*.csv"))
+    if not found:
+        yield "Nothing has been compiled yet."
+    for path in found:
+        by_target: dict[str, list[dict[str, str]]] = {}
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                by_target.setdefault(row["target"], []).append(row)
+        yield ""
+        yield f"**Triton {path.stem.removeprefix('kernels-triton-')}**:"
+        yield ""
+        yield from markdown(KERNEL_HEADER, [_kernel_line(target, rows) for target, rows in by_target.items()])
+
+
+def _kernel_line(target: str, rows: list[dict[str, str]]) -> tuple[str, ...]:
+    faults = [row for row in rows if row["verdict"] != "ok"]
+    told = "; ".join(
+        f"{row['kernel']} {row['dtype']} of {row['first_shape']}: {row['verdict']}"
+        + (f" of {row['spills']} bytes" if int(row["spills"]) else "")
+        for row in faults
+    )
+    registers, shared = (max(int(row[key]) for row in rows) for key in ("registers", "shared"))
+    limit = f"{shared / 2**10:g} of {TARGETS[target].shared // 2**10} KiB"
+    card, fine = TARGETS[target].card, len(rows) - len(faults)
+    return target, card, str(len(rows)), str(fine), str(registers), limit, told or "none"
+
+
 def replaced(text: str, name: str, lines: Iterator[str]) -> str:
     """``text`` with ``lines`` between the markers of a section."""
     begin, end = BEGIN.format(name), END.format(name)
@@ -131,6 +164,7 @@ def run(arguments) -> int:
     text = replaced(old, "times", times(arguments.results, arguments.readme))
     text = replaced(text, "traffic", traffic(arguments.results))
     text = replaced(text, "host", host(arguments.results))
+    text = replaced(text, "kernels", kernels(arguments.results))
     if arguments.check:
         if text != old:
             print(f"{arguments.readme} is out of date: run python -m bench.readme", file=sys.stderr)

@@ -69,6 +69,17 @@ def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.fixture
+def by_the_book(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured says itself how long it takes, and is right; but not on a GPU."""
+    from triton_norm.tuning import measure
+
+    if not request.node.get_closest_marker("gpu"):
+        monkeypatch.setattr(measure, "seconds", lambda call: call())
+        monkeypatch.setattr(measure, "results", lambda call: [])
+        monkeypatch.setattr(measure, "compile_ahead", lambda problem, plans: None)
+
+
+@pytest.fixture
 def stopwatch(untuned: None, monkeypatch: pytest.MonkeyPatch) -> list:
     """Makes the interpreter look like a GPU that is measured by running each plan once; lists these plans.
 

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .cli import demo, info, tune
+from .cli import check, demo, info, tune
 
 
 class Parser(argparse.ArgumentParser):
@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="triton-norm", description="Fused normalization layers for PyTorch, in Triton.")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in (demo, tune, info):
+    for module in (demo, check, tune, info):
         summary = module.SUMMARY
         command = commands.add_parser(
             module.NAME,

@@ -355,7 +355,7 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-SECTIONS = ("host", "times", "traffic")
+SECTIONS = ("host", "kernels", "times", "traffic")
 README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
 
 
@@ -383,6 +383,15 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
     assert "](results/imagined/speedup.png)" in text
     assert "memory.png" not in text
+
+    row = {"target": "sm_75", "kernel": "normalize", "dtype": "float32", "registers": 40, "spills": 0, "shared": 512}
+    row |= {"verdict": "ok", "first_shape": "a-shape"}
+    spilled = row | {"registers": 255, "spills": 24, "shared": 2048, "verdict": "spill"}
+    kernels.common.write_csv(results / "kernels-triton-1.2.csv", kernels.FIELDS, [row, spilled])
+    assert readme.main(arguments) == 0
+    line = "| sm_75 | T4 | 2 | 1 | 255 | 2 of 64 KiB | normalize float32 of a-shape: spill of 24 bytes |"
+    assert f"**Triton 1.2**:\n\n{'| ' + ' | '.join(readme.KERNEL_HEADER) + ' |'}\n" in page.read_text()
+    assert line in page.read_text()
 
 
 def test_the_readme_is_up_to_date():
@@ -490,7 +499,13 @@ def tile(affine="row", rows=1, columns=4096, **changes) -> dict:
 )
 def test_the_check_of_compiled_code(arguments, loads, stores, spills, verdict):
     report = Report("kernel", 4, 32, spills, 0, 0, loads, stores, arguments=arguments)
-    assert kernels.judge(report, kernels.Tile.of(report, 32)) == verdict
+    assert kernels.judge(report, kernels.Tile.of(report, 32), 0) == verdict
+
+
+def test_what_does_not_compile_or_fit_is_a_fault():
+    assert kernels.judge(Report("kernel", 4, 32, 0, 0, 2**16 + 1, {}, {}), None, 2**16) == "shared memory"
+    failed = Report("kernel", 4, 0, 0, 0, 0, {}, {}, error="PTXASError: no")
+    assert kernels.judge(failed, None, 2**16) == "does not compile (PTXASError: no)"
 
 
 SCRIPTS = {"run": run, "plot": plot, "traffic": traffic, "kernels": kernels, "host": host, "session": session,
@@ -508,7 +523,7 @@ BAD = {
     "run out": ("run", [*QUICK, "--shapes", "patchgan", "--out", "file/x"], "cannot make the directory file/x: "),
     "traffic no shape": ("traffic", ["--shapes", "vgg"], "no shape has such a name"),
     "traffic out": ("traffic", ["--out", "nowhere/t.csv"], "cannot write nowhere/t.csv: No such file"),
-    "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_80, "),
+    "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_75, sm_80, "),
     "kernels interpreted": ("kernels", ["--quick"], "TRITON_INTERPRET is set"),
     "host interpreted": ("host", ["--quick"], "TRITON_INTERPRET is set"),
     "host option": ("host", ["--slow"], "unrecognized arguments: --slow"),

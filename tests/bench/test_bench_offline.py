@@ -42,6 +42,32 @@ def test_kernels_reports_what_was_compiled(target, tmp_path):
     assert f"{len(rows(out))} configurations, 0 with a fault" in done.stdout
 
 
+def test_kernels_compiles_for_every_target(tmp_path):
+    out = tmp_path / "kernels.csv"
+    chosen = ("--targets", "all", "--dtypes", "bfloat16", "--shapes", "patchgan")
+    done = bench("kernels", "--quick", *chosen, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    names = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950"]
+    assert list(dict.fromkeys(row["target"] for row in rows(out))) == names
+    assert {row["verdict"] for row in rows(out)} == {"ok"}
+
+
+def test_what_does_not_compile_is_a_row_of_its_own(tmp_path):
+    """A failure does not end the run: the launches behind it are compiled too."""
+    code = (
+        "import sys; from unittest import mock; from bench import kernels; from triton_norm.kernels import forward\n"
+        "with mock.patch.object(forward.persistent_forward, 'warmup', side_effect=ValueError('no\\nluck')):\n"
+        "    sys.exit(kernels.main(sys.argv[1:]))"
+    )
+    out = tmp_path / "kernels.csv"
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}
+    command = [sys.executable, "-c", code, "--quick", "--shapes", "patchgan", "--check", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1, done.stderr
+    verdicts = {row["kernel"]: row["verdict"] for row in rows(out)}
+    assert verdicts == {"persistent_forward": "does not compile (ValueError: no)", "persistent_backward": "ok"}
+
+
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_host_accounts_for_a_call(device, tmp_path):
     out = tmp_path / "host.csv"

@@ -12,7 +12,6 @@ import warnings
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -22,70 +21,18 @@ import torch
 from oracle import Arguments, call
 from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
-from tuned import TARGET, file, forget, on_disk
+from tuned import TARGET, Clock, file, forget, on_disk, options, problem, tune, work
 
 import triton_norm as tn
 from triton_norm.cli import tune as cli
 from triton_norm.cli.shapes import LAYOUTS, SHAPES, Case
-from triton_norm.geometry import view
 from triton_norm.launching import bound, devices, tiling
 from triton_norm.tuning import autotune, candidates, measure, table
-from triton_norm.tuning.autotune import Problem
-from triton_norm.tuning.candidates import HOPELESS, Work, cost
+from triton_norm.tuning.candidates import HOPELESS, cost
 from triton_norm.tuning.plan import Device, Plan
+from triton_norm.tuning.problem import key
 
-pytestmark = pytest.mark.usefixtures("untuned")
-
-
-@pytest.fixture(autouse=True)
-def by_the_book(request, monkeypatch):
-    """What is measured says itself how long it takes."""
-    if not request.node.get_closest_marker("gpu"):
-        monkeypatch.setattr(measure, "seconds", lambda call: call())
-
-
-class Clock:
-    """A problem's scratch: ``times`` maps a plan to seconds or to what is raised, others take a second."""
-
-    def __init__(self, times=None):
-        self.times = times or {}
-        self.calls = Counter()
-
-    def __call__(self, problem):
-        return lambda plan: partial(self.measure, plan)
-
-    def measure(self, plan):
-        self.calls[plan] += 1
-        found = self.times.get(plan, 1.0)
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-
-def strides(shape, layout="contiguous"):
-    x = torch.empty(shape, device="meta")
-    if layout == "channels_last":
-        x = x.to(memory_format={4: torch.channels_last, 5: torch.channels_last_3d}[len(shape)])
-    return x.stride()
-
-
-def work(kind="instance", shape=(1, 256, 64, 64), layout="contiguous", backward=False, extra="none", itemsize=2,
-         reduce=True, device=Device(), width=0, affine="row"):  # fmt: skip  # noqa: B008
-    at = strides(shape, layout)
-    return Work(view(kind, shape, at, at, width), itemsize, backward, reduce, extra, device, affine)
-
-
-def problem(**arguments) -> Problem:
-    w = work(**arguments)
-    return Problem(w, autotune.key("instance", "float16", w), TARGET, None, None, None)
-
-
-def tune(p: Problem, scratch) -> None:
-    autotune.tune(replace(p, scratch=scratch))
-
-
-def options(p: Problem, most=4) -> list[Plan]:
-    return candidates.candidates(p.work, most)
+pytestmark = pytest.mark.usefixtures("untuned", "by_the_book")
 
 
 def seen_by_kernels(case: Case) -> tuple:
@@ -270,13 +217,15 @@ from triton_norm.tuning import autotune
 from triton_norm.tuning.candidates import Work, candidates
 from triton_norm.geometry import view
 from triton_norm.tuning.plan import Device
+from triton_norm.tuning.problem import Problem, key
 at = (256 * 64 * 64, 64 * 64, 64, 1)
 work = Work(view("instance", (1, 256, 64, 64), at, at), 2, False, True, "none", Device())
 calls = []
 def scratch(problem):
     return lambda plan: lambda: calls.append(plan) or 1 / len(calls)
 autotune.measure.seconds = lambda call: call()
-problem = autotune.Problem(work, autotune.key("instance", "float16", work), "GPU", None, None, scratch)
+autotune.measure.results = lambda call: []
+problem = Problem(work, key("instance", "float16", work), "GPU", None, None, scratch)
 plan, untuned = autotune.find(problem)
 if untuned:
     autotune.tune(problem)
@@ -503,7 +452,7 @@ def test_keys_tell_apart_what_runs_differently():
         work(layout="channels_last"),
         work(shape=(2, 128, 64, 64)),
     ]
-    keys = {autotune.key(kind, dtype, w) for w in works for kind in ("batch", "instance") for dtype in ("a", "b")}
+    keys = {key(kind, dtype, w) for w in works for kind in ("batch", "instance") for dtype in ("a", "b")}
     assert len(keys) == 4 * len(works)
 
 
@@ -662,7 +611,7 @@ def test_what_is_measured_is_the_problem_itself(stopwatch, tried, kind, reduce, 
     # Of an input that lies unlike the result no bits are kept.
     assert (p.work.reduce, p.work.extra) == (reduce, "residual" if (extra, layout) == ("bits", "cropped") else extra)
     for _ in range(2):
-        assert measure.measurer(p)(p.work.heuristic()) > 0
+        assert measure.Trial(p)(p.work.heuristic()) > 0
     assert tried == [p, p]
     assert stopwatch == [p.work.heuristic()] * 2
 
@@ -682,7 +631,7 @@ def test_padded_problems_are_measured_padded(tried, kind, shape, padding, layout
     assert [p.work.backward for p in planes] == [False, True]
     for p in found.values():
         tried.clear()
-        measure.measurer(p)(p.work.heuristic())
+        measure.Trial(p)(p.work.heuristic())
         assert p in tried
     norm(kind, x, activation="relu", padding=padding, **keywords).sum().backward()
     assert len(on_disk()) == len(found)
@@ -839,7 +788,7 @@ def test_gpu_tuned_is_never_slower_than_the_heuristic(name, monkeypatch):
     slower = []
     for p, (chosen, _) in found.items():
         if chosen != p.work.heuristic():
-            seconds = measure.measurer(p)
+            seconds = measure.Trial(p)
             tuned, heuristic = (min(seconds(plan) for _ in range(3)) for plan in (chosen, p.work.heuristic()))
             if tuned > 1.03 * heuristic:
                 slower.append(f"{p.key}: {tuned * 1e6:.1f} µs against {heuristic * 1e6:.1f} µs")

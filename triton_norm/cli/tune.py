@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from .. import functional
 from ..activations import resolve
 from ..tuning import autotune
-from ..tuning.autotune import Problem
+from ..tuning.problem import Problem
 from . import info, shapes
 from .demo import DTYPES, Progress, check_out, table
 from .info import UserError

@@ -20,6 +20,7 @@ def device(index: int | None) -> Device:
         properties.multi_processor_count,
         getattr(properties, "warp_size", 32),
         properties.L2_cache_size or Device.l2_bytes,
+        getattr(properties, "max_threads_per_multi_processor", Device.threads),
     )
 
 

@@ -109,7 +109,13 @@ class Launch:
             run(*self._before, self._stream(device or 0), *self._behind, *pointers, *self._constants)
 
     def _launch(self, pointers: tuple) -> None:
-        """As Triton's users launch, on the device where the tensors are; and keeps what that compiled."""
+        """As Triton's users launch, on the device where the tensors are; and keeps what that compiled.
+
+        For tensors without memory it only compiles, for the current device.
+        """
+        if pointers[0].is_meta:
+            self._kernel.warmup(*pointers, *self._constants, grid=self._grid, **self._options)
+            return
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
             if _DIRECT and self._run is None:

@@ -3,7 +3,7 @@
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -18,9 +18,9 @@ from ..kernels.structs import Block, Layout, Norm, Pad
 from ..kernels.tiles import AFFINES
 from ..spec import Spec
 from ..tuning import autotune
-from ..tuning.autotune import Problem, Walked
 from ..tuning.candidates import Work
 from ..tuning.plan import Plan, cdiv, power_of_2
+from ..tuning.problem import Problem, Walked, key
 from . import devices
 from .launch import Launch
 
@@ -134,7 +134,7 @@ def cut(
     work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
     name = "->".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (x, y)))
     problem = Problem(
-        work, autotune.key(walked, name, work), devices.target(index), index,
+        work, key(walked, name, work), devices.target(index), index,
         Walked(walked, tuple(x.shape), x.stride(), name, width), scratch,
     )  # fmt: skip
     plan = plans(problem)
@@ -169,8 +169,15 @@ def _capturing(device: int) -> bool:
 
 
 def on_trial(problem: Problem, plan: Plan) -> Planner:
-    """A planner that has this plan for this problem, and the heuristic one for any other."""
-    return lambda other: plan if other == problem else other.work.heuristic()
+    """A planner that has this plan for this problem, and the heuristic one for any other.
+
+    For the problem's GPU, where ever the operands are: tensors without memory are on none.
+    """
+
+    def planner(other: Problem) -> Plan:
+        return plan if other.key == problem.key else replace(other.work, device=problem.work.device).heuristic()
+
+    return planner
 
 
 def numbers(spec: Spec) -> tuple:

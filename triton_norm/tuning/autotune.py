@@ -6,68 +6,35 @@ them) or ``0`` (nothing is measured, no table is read: the heuristic plan). Meas
 the package's ``tables`` folder are looked up beneath it. All of this is per process, not per thread: backward passes
 run in threads of their own.
 
-A problem brings along how a call with another plan is made; measure.py times it.
+measure.py times a problem's calls with other plans, and compares their results with the heuristic plan's. A plan that
+fails or whose results differ is remembered by failures.py and not tried again.
 """
 
+import logging
 import math
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
 
-from . import measure, table
-from .candidates import Work, candidates
+import torch
+
+from . import failures, measure, settings, table
+from .candidates import candidates
+from .failures import Failed
 from .plan import Plan
+from .problem import Problem
+from .settings import MODES, Block, Innermost, current_mode
 from .table import Entry, Table
 
 __all__ = ["clear", "export", "load", "mode", "path"]
 
-#: Plans that each mode measures at most.
-MODES = {"0": 0, "1": 4, "full": 12}
-DEFAULT_BUDGET = 30.0
+#: Seconds of tuning after which the user is told what takes so long.
+LONG = 2.0
 SHIPPED = Path(__file__).parent / "tables"
-
-
-class Walked(NamedTuple):
-    """What is normalized and how, as a person would name it: the arguments of ``geometry.view``, and the dtype."""
-
-    kind: str
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: str
-    width: int
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One direction of a call. ``target`` names the GPU and compiler, and is None where nothing is compiled."""
-
-    work: Work
-    key: str
-    target: str | None
-    #: The GPU's number, None for the CPU.
-    device: int | None
-    walked: Walked = field(compare=False)
-    #: ``scratch(problem)`` allocates tensors and gives a function from a plan to a call on them, to be measured.
-    scratch: Callable[["Problem"], Callable[[Plan], Callable[[], object]]] = field(compare=False, repr=False)
-
-
-def key(kind: str, dtype: str, work: Work) -> str:
-    """All that a plan's time depends on, but for the activation and what moves no bytes to speak of."""
-    g = work.geometry
-    direction = "backward" if work.backward else "forward"
-    statistics = "own" if work.reduce else "given"
-    sizes = f"A={g.A} G={g.G} K={g.K} S={g.S} channels={g.channels}"
-    strides = f"x={','.join(map(str, g.x))} y={','.join(map(str, g.y))}"
-    planes = f" H={g.H} y_d={g.y_d}" if g.padded else ""
-    rest = f" group={g.group}" if g.group > 1 else ""
-    rest += f" affine={work.affine}" if work.affine != "row" else ""
-    return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}{rest}"
 
 
 class _State:
@@ -84,15 +51,17 @@ class _State:
         self.memory_only = False
         #: Problems not to be tried again in this process, with the best plan met, if any.
         self.closed: dict[tuple[str, str, str], Plan | None] = {}
+        self.failed: set[Failed] = set()
         self.spent = 0.0
 
 
 _state = _State()
-_settings: tuple[str | None, float | None] = (None, None)
 _warned: set[str] = set()
-_met: dict[tuple[str | None, str], Problem] | None = None
+_recordings: Innermost[dict[tuple[str | None, str], Problem]] = Innermost()
 _lock = threading.RLock()
+_choices: Innermost[Callable[[Problem], Plan | None]] = Innermost()
 _listeners: list[Callable[[], None]] = []
+_log = logging.getLogger("triton_norm")
 
 
 def on_change(listener: Callable[[], None]) -> None:
@@ -118,30 +87,14 @@ def _warn(topic: str, message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def _checked(value: object, source: str) -> str:
-    name = str(int(value)) if isinstance(value, (bool, int)) else value
-    if name not in MODES:
-        raise ValueError(f"{source} must be '0', '1' or 'full', but got {value!r}")
-    return name
+def _spender() -> "Block | _State":
+    return settings.budgeted() or _state
 
 
-def current_mode() -> str:
-    if _settings[0] is not None:
-        return _settings[0]
-    return _checked(os.environ.get("TRITON_NORM_AUTOTUNE", "1"), "TRITON_NORM_AUTOTUNE")
-
-
-def _budget() -> float:
-    if _settings[1] is not None:
-        return _settings[1]
-    text = os.environ.get("TRITON_NORM_AUTOTUNE_BUDGET", str(DEFAULT_BUDGET))
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not seconds >= 0:
-        raise ValueError(f"TRITON_NORM_AUTOTUNE_BUDGET must be a number of seconds, but got {text!r}")
-    return seconds
+def _left() -> float:
+    """Seconds that may still be spent on measuring."""
+    block = settings.budgeted()
+    return (settings.budget() if block is None else block.budget) - _spender().spent
 
 
 @contextmanager
@@ -150,31 +103,34 @@ def mode(value: str | int, budget: float | None = None) -> Iterator[None]:
 
     With ``budget``, so many seconds (``math.inf``: as long as it takes) may be spent on measuring inside the block.
     """
-    global _settings
-    before, spent = _settings, _state.spent
-    _settings = (_checked(value, "mode"), _settings[1] if budget is None else budget)
-    if budget is not None:
-        _state.spent = 0.0
-    forget()
-    try:
-        yield
-    finally:
-        _settings = before
-        if budget is not None:
-            _state.spent = spent
+    with settings.blocks.within(Block(settings.checked(value, "mode"), budget)):
         forget()
+        try:
+            yield
+        finally:
+            # Once more when the block is no longer in force: calls may have been bound meanwhile.
+            forget()
+    forget()
 
 
 @contextmanager
 def recording() -> Iterator[dict[tuple[str | None, str], Problem]]:
     """Collects the problems that are met inside the block, each once."""
-    global _met
-    before, _met = _met, {}
+    with _recordings.within({}) as met:
+        forget()
+        yield met
+
+
+@contextmanager
+def choosing(choose: Callable[[Problem], Plan | None]) -> Iterator[None]:
+    """Inside the block problems run with the plan that ``choose`` gives, as ever where it gives None."""
+    with _choices.within(choose):
+        forget()
+        try:
+            yield
+        finally:
+            forget()
     forget()
-    try:
-        yield _met
-    finally:
-        _met = before
 
 
 def path() -> Path:
@@ -195,15 +151,19 @@ def entry(problem: Problem) -> Entry | None:
     for layer in reversed(_layers()):
         found = layer.get(problem.target, {}).get(problem.key)
         # A plan that does not cover its geometry would give wrong numbers, whoever wrote it there.
-        if found is not None and problem.work.allows(found.plan):
+        if found is not None and problem.work.allows(found.plan) and not _failed(problem, found.plan):
             return found
     return None
 
 
 def find(problem: Problem) -> tuple[Plan, bool]:
     """The plan to run with, and whether ``tune`` should be asked for a better one."""
-    if _met is not None:
-        _met.setdefault((problem.target, problem.key), problem)
+    for met in _recordings:
+        met.setdefault((problem.target, problem.key), problem)
+        break
+    for choose in _choices:
+        if (chosen := choose(problem)) is not None:
+            return chosen, False
     if problem.target is None or (name := current_mode()) == "0":
         return problem.work.heuristic(), False
     found = entry(problem)
@@ -213,11 +173,11 @@ def find(problem: Problem) -> tuple[Plan, bool]:
     plan = _state.closed.get(closed) or (found.plan if found else problem.work.heuristic())
     if closed in _state.closed:
         return plan, False
-    if _state.spent >= _budget():
+    if _left() <= 0:
         _warn(
             "budget",
-            f"triton_norm has tuned for {_state.spent:.0f} s in this process and stops: new shapes run with heuristic "
-            "plans; `python -m triton_norm tune` tunes ahead, TRITON_NORM_AUTOTUNE_BUDGET sets the seconds",
+            f"triton_norm has tuned for {_spender().spent:.0f} s in this process and stops: new shapes run with "
+            "heuristic plans; `python -m triton_norm tune` tunes ahead, TRITON_NORM_AUTOTUNE_BUDGET sets the seconds",
         )
         return plan, False
     return plan, True
@@ -226,39 +186,59 @@ def find(problem: Problem) -> tuple[Plan, bool]:
 def tune(problem: Problem) -> None:
     """Measures the problem's candidates, unless it is settled, and keeps the fastest: ``find`` knows it from then on.
 
-    Whatever a measurement raises drops its candidate.
+    Whatever a measurement raises drops its candidate, for good unless memory was short.
     """
     with _lock:
         if not find(problem)[1]:  # another thread was first
             return
         _refresh()
         if find(problem)[1]:
-            start = time.monotonic()
+            start, spender = time.monotonic(), _spender()
+            told = threading.Timer(LONG, _tell, [problem])
+            told.daemon = True
+            if _left() < math.inf:
+                told.start()
             try:
                 _search(problem, start)
             finally:
-                _state.spent += time.monotonic() - start
+                told.cancel()
+                spender.spent += time.monotonic() - start
         forget()
 
 
+def _tell(problem: Problem) -> None:
+    if "long" not in _warned:
+        _warned.add("long")
+        _log.warning(
+            "triton_norm has been tuning %s for %g s: `python -m triton_norm tune` tunes ahead, TRITON_NORM_AUTOTUNE=0 "
+            "runs heuristic plans instead; this is said once", problem.key, LONG,
+        )  # fmt: skip
+
+
 def _search(problem: Problem, start: float) -> None:
-    name, budget = current_mode(), _budget() - _state.spent
+    name, left = current_mode(), _left()
     plans = candidates(problem.work, max(MODES.values()))
     full = len(plans) <= MODES[name]
-    plans = plans[: MODES[name]]
+    heuristic, *others = plans[: MODES[name]]
+    plans = [heuristic, *(plan for plan in others if not _failed(problem, plan))]
     seconds: dict[Plan, float] = {}
     measured = 0
     try:
-        seconds_of = measure.measurer(problem)
+        trial = measure.Trial(problem)
+        _compile(problem, plans)
         for plan in plans:
-            if time.monotonic() - start >= budget:
+            if time.monotonic() - start >= left:
                 break
             measured += 1
             try:
-                seconds[plan] = seconds_of(plan)
-            except Exception:
-                # It did not compile, or asked for more than this GPU has. Another candidate will do.
-                continue
+                with _on_trial(problem, [plan] if plan != heuristic else []):
+                    seconds[plan] = trial(plan)
+            except Exception as error:
+                # Another candidate will do. Where not even the heuristic plan runs, it may not be the plan's fault.
+                if heuristic in seconds and not _is_short_of_memory(error):
+                    _drop(problem, plan, error)
+                if not measure.answers(problem.device):
+                    break
     except Exception:
         # No room for the scratch tensors: the call itself may still have room.
         pass
@@ -267,11 +247,55 @@ def _search(problem: Problem, start: float) -> None:
     if best is None or measured < len(plans):
         _state.closed[name, problem.target, problem.key] = best
         return
-    heuristic = seconds.get(plans[0])
-    won = Entry(best, seconds[best] * 1e6, None if heuristic is None else heuristic * 1e6, len(seconds), full)
+    before = seconds.get(heuristic)
+    won = Entry(best, seconds[best] * 1e6, None if before is None else before * 1e6, len(seconds), full)
     _state.known.setdefault(problem.target, {})[problem.key] = won
     _state.loaded.get(problem.target, {}).pop(problem.key, None)
     _save({problem.target: {problem.key: won}})
+
+
+def _compile(problem: Problem, plans: list[Plan]) -> None:
+    """Side by side, unless that has cost a process its life: then each is compiled when it is tried."""
+    if len(plans) > 1 and not _failed(problem, None):
+        with suppress(Exception), _on_trial(problem, plans):
+            measure.compile_ahead(problem, plans)
+
+
+def _on_trial(problem: Problem, plans: list[Plan]) -> AbstractContextManager:
+    folder = None if _state.memory_only else _folder()
+    return failures.on_trial(folder, problem.target, problem.key, plans) if folder and plans else nullcontext()
+
+
+def _is_short_of_memory(error: Exception) -> bool:
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in str(error)
+
+
+def _failed(problem: Problem, plan: Plan | None) -> bool:
+    _layers()
+    return (problem.target, problem.key, plan) in _state.failed
+
+
+def _drop(problem: Problem, plan: Plan, error: Exception) -> None:
+    """Remembers that the plan failed."""
+    failed = (problem.target, problem.key, plan)
+    why = f"{type(error).__name__}: {error}".partition("\n")[0]
+    _state.failed.add(failed)
+    _log.info("dropped %s of %s: %s", plan, problem.key, why)
+    _warn("failed", f"triton_norm drops a plan that failed and goes on without it: {plan} of {problem.key}: {why}")
+    folder = _folder()
+    if folder and not _state.memory_only:
+        try:
+            failures.append(folder, failed, why)
+        except OSError as trouble:
+            _keep_in_memory(trouble)
+
+
+def _folder() -> Path | None:
+    """Where the user's table is, if there is such a place."""
+    try:
+        return path().parent
+    except OSError:
+        return None
 
 
 def _layers() -> tuple[Table, ...]:
@@ -280,6 +304,8 @@ def _layers() -> tuple[Table, ...]:
         with _lock:
             if not _state.ready:
                 _load_shipped()
+                if folder := _folder():
+                    failures.collect(folder)
                 _refresh()
                 _state.ready = True
     return _state.shipped, _state.known, _state.loaded
@@ -305,6 +331,7 @@ def _refresh() -> None:
     """Takes in what other processes have tuned since the user's file was last read."""
     try:
         file = path()
+        _state.failed |= failures.read(file.parent)
         signature = _signature(file)
         if signature is None or signature == _state.signature:
             return
@@ -349,6 +376,8 @@ def clear() -> None:
         if file.exists():
             with table.lock(file):
                 file.unlink(missing_ok=True)
+        if (failed := file.with_name(failures.NAME)).exists():
+            failed.unlink(missing_ok=True)
         _state = _State()
         _warned.clear()
         forget()

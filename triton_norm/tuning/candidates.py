@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from ..geometry import Geometry
 from . import plan as planning
-from .plan import SECTOR, TILE, Device, Plan, cdiv, power_of_2
+from .plan import LARGEST_TILE, MOST_THREADS, MOST_WARPS, SECTOR, TILE, Device, Plan, cdiv, power_of_2
 
 #: Bytes that memory could have moved in the time that one more kernel costs: about 2 µs at 3 TB/s.
 LAUNCH_BYTES = 6 * 2**20
@@ -74,6 +74,10 @@ class Work:
         """Whether the plan computes this work correctly, however fast."""
         g, blocks = self.geometry, (plan.rows, plan.block_k, plan.block_s, plan.warps, plan.fold)
         if min(*blocks, plan.steps, plan.splits) < 1 or any(n & (n - 1) for n in blocks):
+            return False
+        if plan.rows * plan.block_k * plan.block_s > LARGEST_TILE or plan.steps > g.rows * g.columns:
+            return False
+        if plan.warps > MOST_WARPS or _threads(self, plan) > MOST_THREADS:
             return False
         if plan.fold > 1:
             # One bit per element is stored by whole bytes, in each of the fold's parts.

@@ -14,6 +14,8 @@ MOST_ROWS = 128
 SECTOR = 32
 #: A tensor of at most this many bytes stays in L2, and the extra sectors cost less than two more launches.
 NARROW_BYTES = 4 * 2**20
+#: What no plan exceeds: elements of a tile, which is Triton's own limit, and what a GPU gives to one program.
+LARGEST_TILE, MOST_WARPS, MOST_THREADS = 2**20, 32, 1024
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
 INLINE_PARTIALS = 1024
 

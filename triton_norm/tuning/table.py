@@ -6,12 +6,14 @@ Pure Python; what a key says is autotune.py's business.
 """
 
 import json
+import math
 import os
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from .plan import Plan
@@ -53,25 +55,30 @@ def merge(into: Table, other: Table) -> None:
 
 
 def dumps(table: Table) -> str:
-    targets = {target: {key: asdict(entry) for key, entry in entries.items()} for target, entries in table.items()}
-    return json.dumps({"version": VERSION, "targets": targets}, indent=1, sort_keys=True) + "\n"
+    targets = {
+        target: {key: {**vars(entry), "plan": vars(entry.plan)} for key, entry in entries.items()}
+        for target, entries in table.items()
+    }
+    # A line for everything, but not by json's own indentation, which is not written in C: of thousands of entries that
+    # takes ten times as long.
+    return json.dumps({"version": VERSION, "targets": targets}, separators=(",\n", ": "), sort_keys=True) + "\n"
 
 
 def loads(text: str) -> Table:
     """Raises ValueError, in one line, for anything that ``dumps`` of this version did not write."""
     try:
         data = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON ({error})") from None
     version = data.get("version") if isinstance(data, dict) else None
     if version != VERSION:
-        raise ValueError(f"expected a table of version {VERSION}, but got version {version!r}")
+        raise ValueError(f"expected a table of version {VERSION}, but got version {version!r:.40}")
     try:
         return {
             target: {key: _entry(**fields) for key, fields in entries.items()}
             for target, entries in data["targets"].items()
         }
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ValueError(f"not a table of tuned plans ({error!r})") from None
 
 
@@ -79,19 +86,33 @@ def _entry(plan: dict, us: float, heuristic_us: float | None, measured: int, ful
     plan = Plan(**plan)
     if not all(type(value) is int for name, value in vars(plan).items() if name != "regime"):
         raise TypeError(f"expected integers in {plan}")
-    return Entry(plan, float(us), None if heuristic_us is None else float(heuristic_us), int(measured), bool(full))
+    times = float(us), None if heuristic_us is None else float(heuristic_us)
+    if not all(time is None or math.isfinite(time) for time in times):
+        raise ValueError(f"expected times, but got {us} and {heuristic_us}")
+    return Entry(plan, *times, int(measured), bool(full))
+
+
+def text(path: Path) -> str:
+    """What a file holds, which must be a regular one. Raises OSError and, where it is not text, ValueError."""
+    # Opening a pipe without this waits for someone who writes to it.
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    with open(descriptor, encoding="utf-8") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(f"{path} is not a regular file")
+        return file.read()
 
 
 def read(path: Path) -> Table:
     """The table in a file, empty where there is none. Raises ValueError as ``loads``, and OSError."""
     try:
-        return loads(path.read_text(encoding="utf-8"))
+        return loads(text(path))
     except FileNotFoundError:
         return {}
 
 
 def write(path: Path, table: Table) -> None:
-    """Replaces the file in one step: a reader sees the old one or the new one."""
+    """Replaces the file in one step: a reader sees the old one or the new one. Of a link, what it points to."""
+    path = Path(os.path.realpath(path))
     descriptor, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
@@ -106,7 +127,8 @@ def write(path: Path, table: Table) -> None:
 @contextmanager
 def lock(path: Path) -> Iterator[None]:
     """One writer at a time. Raises TimeoutError, an OSError, rather than wait for long."""
-    with open(path.with_name(path.name + ".lock"), "a") as file:
+    name = path.with_name(path.name + ".lock")
+    with open(os.open(name, os.O_RDWR | os.O_CREAT | getattr(os, "O_NONBLOCK", 0), 0o666), "r+") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while fcntl:
             try:
@@ -114,15 +136,18 @@ def lock(path: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"{file.name} was held for more than {LOCK_SECONDS:g} s") from None
+                    raise TimeoutError(f"{name} was held for more than {LOCK_SECONDS:g} s") from None
                 time.sleep(0.002)
         yield
 
 
 def update(path: Path, table: Table) -> tuple[Table, str | None]:
     """Merges a table into the file. Returns what the file then holds, and why an unreadable one was set aside."""
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path):
+        if fcntl:
+            _sweep(path)
         reason = None
         try:
             found = read(path)
@@ -133,3 +158,10 @@ def update(path: Path, table: Table) -> tuple[Table, str | None]:
         if table:
             write(path, found)
         return found, reason
+
+
+def _sweep(path: Path) -> None:
+    """Removes what writers left that were killed: whoever has the lock is the only one."""
+    for left in path.parent.glob(f"{path.name}*.tmp"):
+        with suppress(OSError):
+            left.unlink()
