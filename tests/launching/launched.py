@@ -1,11 +1,13 @@
 """What reaches the driver: bound launches against ``kernel[grid]``, on a stub driver. Run as a script, without a GPU.
 
+With ``c``, what reaches the part of Triton's launcher that is in C, which must be compiled for that.
 A separate process, because kernels that were made for the interpreter cannot be compiled. Prints one JSON line a check:
 its name, how many launches it compared, and what differed.
 """
 
 import itertools
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from unittest import mock
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 import triton_norm as tn
 from bench.offline import kernels_for_cpu_tensors
-from bench.stub import PythonLauncher
+from bench.stub import PythonLauncher, triton_launcher
 from triton_norm.launching import launch
 from triton_norm.tuning import autotune
 
@@ -43,6 +45,11 @@ def record(x, y, z, stream, function, packed, metadata, enter, leave, *arguments
 
 def _described(argument: object) -> object:
     """Memory differs from call to call, but not its place within 16 bytes, nor what is in it."""
+    if isinstance(argument, tuple):
+        return tuple(map(_described, argument))
+    if type(argument).__name__ in ("LazyDict", "HookChain"):
+        # For hooks, of which there are none.
+        return None
     if isinstance(argument, Tensor):
         return argument.shape, argument.stride(), str(argument.dtype), argument.data_ptr() % 16
     return argument
@@ -174,9 +181,43 @@ def surroundings() -> None:
     report("four threads", results, sorted(map(repr, bound * 80)))
 
 
+def in_c() -> object:
+    """Triton's driver over a stub library, with a record of what its launcher gives the part in C."""
+    driver = triton_launcher("sm_90")
+
+    class Recorded(driver.launcher_cls):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            launch = self.launch
+
+            def record(*given) -> None:
+                launched.append(_described(given))
+                launch(*given)
+
+            self.launch = record
+
+    type(driver).launcher_cls = Recorded
+    return driver
+
+
+def past_the_wrapper() -> None:
+    """A bound launch calls nothing of Triton's that is in Python."""
+    layer, x = tn.InstanceNorm2d(32), torch.randn(2, 32, 8, 8)
+    step(layer, x, None, None)
+    with mock.patch.object(triton.runtime.driver.active.launcher_cls, "__call__", side_effect=AssertionError):
+        found = launches(lambda: step(layer, x, None, None))
+    report("past the wrapper", [(len(found),)], [(1,)])
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    triton.runtime.driver.set_active(PythonLauncher("sm_90", record))
+    over_c = sys.argv[1:] == ["c"]
+    triton.runtime.driver.set_active(in_c() if over_c else PythonLauncher("sm_90", record))
     with kernels_for_cpu_tensors():
-        compare()
-        surroundings()
+        if over_c:
+            DTYPES = {torch.float32: ("contiguous", "misaligned")}
+            compare()
+            past_the_wrapper()
+        else:
+            compare()
+            surroundings()

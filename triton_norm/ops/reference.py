@@ -131,7 +131,8 @@ def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Te
     """What ``normalize`` computes, written in elementary operations that differentiate any number of times.
 
     Computes in float32 (float64 for float64 input), calls ``activation``, by default the spec's, in that dtype, returns
-    the spec's or x's dtype, and leaves the running statistics alone: they are read when statistics are given and ignored otherwise.
+    the dtype that the spec says, and leaves the running statistics alone: they are read when statistics are given and
+    ignored otherwise.
     """
     x, residual, kind, correction = o.x, o.residual, spec.kind, spec.correction
     dtype = torch.promote_types(x.dtype, torch.float32)
