@@ -68,6 +68,8 @@ class Report:
     grid: tuple[int, ...] = ()
     #: What the kernel was launched with, by name.
     arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    #: Triton's own description.
+    compiled: Any = field(default=None, repr=False, compare=False)
 
 
 @contextmanager
@@ -82,7 +84,8 @@ def compiling(target: str) -> Iterator[list[Report]]:
         kernel, arguments = launch._kernel, (*pointers, *launch._constants)
         compiled = kernel.warmup(*arguments, grid=launch._grid, **launch._options)
         named = dict(zip(kernel.arg_names, arguments, strict=True))
-        reports.append(replace(inspect(compiled), grid=launch._grid, arguments=named))
+        report = replace(inspect(compiled), grid=launch._grid, arguments=named, compiled=compiled)
+        reports.append(report)
 
     triton.runtime.driver.set_active(StubDriver(target))
     # A change of the mode also has calls forgotten that were bound for another target.
@@ -116,7 +119,7 @@ def inspect(compiled) -> Report:
 
 
 @functools.cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """cuobjdump and nvdisasm come inside Triton's wheel."""
     (path,) = Path(triton.__file__).parent.rglob(f"bin/{name}")
     return str(path)
@@ -128,10 +131,10 @@ def _inspect_cuda(cubin: bytes) -> tuple[int, int, int, dict[int, int], dict[int
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
+            [tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
         # Without its analysis of the data flow it takes two thirds of the time.
-        command = [_tool("nvdisasm"), "-ndf", file.name]
+        command = [tool("nvdisasm"), "-ndf", file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     # Spilled values live on the stack (local memory), which these kernels use for nothing else.
