@@ -60,17 +60,44 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Known:
-    """Kernels that are beyond the limit for a reason; patterns for "shape dtype direction kernel"."""
+    """Kernels that are beyond the limit for a reason, up to a ratio.
+
+    The pattern is for "shape dtype direction kernel: limit".
+    """
 
     pattern: str
+    most: float
     reason: str
 
+    def matches(self, row: Row) -> bool:
+        return fnmatch(f"{' '.join(str(row[key]) for key in FIELDS[:4])}: {row['limit']}", self.pattern)
+
     def covers(self, row: Row) -> bool:
-        return fnmatch(" ".join(str(row[key]) for key in FIELDS[:4]), self.pattern)
+        return row["ratio"] <= self.most and self.matches(row)
 
 
-#: The check fails where one of these covers kernels none of which is beyond the limit any more.
-KNOWN: tuple[Known, ...] = ()
+_PADDED = "padding: every element tries all the places that it could have"
+#: A check of all shapes fails where one of these covers kernels none of which is beyond the limit any more.
+KNOWN = (
+    Known("cyclegan-block-*", 7.2, _PADDED),
+    Known("cyclegan-skip-*", 3.9, _PADDED),
+    Known("cyclegan-last-*", 7.2, _PADDED),
+    Known("style-*", 7.2, _PADDED),
+    # The tile's rows are neighbours in memory, so a row is spread over all warps.
+    Known("*-cl * partial_statistics: *", 3.5, "shuffles and shared memory: eight warps reduce at every tile"),
+    Known("convnext-down-*-n32 * persistent_forward: *", 2.6, "shuffles and shared memory, as for statistics"),
+    # 49 numbers a row allow no wide access, and four warps have no registers to load ahead.
+    Known("resnet50-block-2048x7x7-* inference normalize: in flight", 7.2, "numbers are loaded and used one by one"),
+    Known("resnet50-block-2048x7x7-* gradient: in flight", 4.0, "numbers are loaded and used one by one"),
+    Known("diffusion-*-cl * gradient: *", 3.9, "few programs at 74 to 122 registers, each waiting 8 to 17 times"),
+    Known("transformer-layer-4096-* column_sums: in flight", 3.7, "few programs, each waiting ten times"),
+    # Groups of 20 and 40 channels: masks and an offset for each element, and SiLU.
+    Known("diffusion-block-* persistent_forward: issue", 2.0, "groups that are no power of two of rows"),
+    # What no plan has mended; smaller kernels mostly. A pipe as the limit is excused by none of these.
+    Known("*: one wave", 2.2, "all programs load, compute and store at once"),
+    Known("*: waves", 1.9, "registers leave fewer places than the plan has programs"),
+    Known("*: in flight", 2.0, "programs wait in turn, too few at a time to keep memory busy"),
+)
 
 
 def constants(report: Report) -> tuple[dict[int, int], list[torch.Tensor]]:
@@ -178,7 +205,7 @@ def judge(found: Sequence[Row], known: Sequence[Known] = ()) -> tuple[list[Row],
     beyond = [row for row in large if row["ratio"] > BEYOND]
     faults = [row for row in beyond if not any(one.covers(row) for one in known)]
     used = [(one, sum(map(one.covers, beyond))) for one in known]
-    stale = [one for one, count in used if not count and any(map(one.covers, large))]
+    stale = [one for one, count in used if not count]
     return faults, [(one, count) for one, count in used if count], stale
 
 
@@ -256,10 +283,12 @@ def run(arguments) -> int:
     if arguments.plot:
         print(roofline_plot.draw(found, arguments.plot))
     faults, used, stale = judge(found, KNOWN)
+    # A few shapes do not tell whether an exception has had its day.
+    stale = [] if arguments.quick or arguments.groups or arguments.shapes or arguments.dtypes else stale
     for known, count in used:
-        print(f"known, {count} kernels: {known.pattern}: {known.reason}")
+        print(f"known, {count} kernels up to {known.most}: {known.pattern!r}: {known.reason}")
     for known in stale:
-        print(f"no longer true, so take it from the list: {known.pattern}: {known.reason}")
+        print(f"no longer true, so take it from the list: {known.pattern!r}: {known.reason}")
     for row in sorted(faults, key=lambda row: -row["ratio"]) if arguments.check else ():
         print(f"beyond {BEYOND}: {' '.join(str(row[key]) for key in FIELDS[:4])}: {row['ratio']:.2f}, {row['limit']}")
     print(f"{len(found)} rows, {len(faults)} kernels beyond {BEYOND}, in {time.monotonic() - start:.0f} s")

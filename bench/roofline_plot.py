@@ -36,7 +36,8 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> Path:
     bars.barh(range(len(worst)), [row["ratio"] for row in worst], color=[LIMITS[row["limit"]][0] for row in worst])
     for at, row in enumerate(worst):
         text = f" {row['ratio']:.2f}  {row['estimate_us']:.0f} of {row['memory_us']:.0f} µs"
-        bars.text(row["ratio"], at, text, va="center", fontsize=7)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+        bars.text(row["ratio"], at, text, va="center", fontsize=7, bbox=box)
     bars.set_yticks(range(len(worst)), names, fontsize=7)
     bars.set_xlim(0, max(row["ratio"] for row in worst) * 1.25)
     bars.set_ylim(-0.8, len(worst) - 0.2)
@@ -46,6 +47,7 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> Path:
     scatter.axhline(BEYOND, color=FLOOR, linestyle="--", label=f"{BEYOND} times memory's time")
     scatter.set_xscale("log")
     scatter.set_yscale("log")
+    scatter.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     scatter.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     scatter.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     scatter.set_xlabel("bytes that the kernel moves, MiB (log scale)")

@@ -105,14 +105,14 @@ def disassemble(cubin: bytes) -> Code:
 def parse(text: str, registers: int = 0, spills: int = 0) -> Code:
     labels, lines = {}, []
     for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_\w+|\$\w+):", line):
+        if label := re.match(r"\s*(\.L_\w+|\$[\w$]+):", line):
             labels[label[1]] = len(lines)
         elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
             lines.append(found.groups())
     instructions = []
     for _, guard, name, rest in lines:
         base, *modifiers = name.split(".")
-        goes = re.search(r"`\((\.L_\w+|\$\w+)\)", rest)
+        goes = re.search(r"`\((\.L_\w+|\$[\w$]+)\)", rest)
         target = labels.get(goes[1]) if goes and base in ("BRA", "CALL", "JMP") else None
         operands = tuple(word.replace(".reuse", "") for word in re.split(r",\s*", rest) if word)
         instructions.append(Instruction(guard or "PT", base, tuple(modifiers), operands, target))
@@ -235,7 +235,7 @@ def _branch(
         return {}, active
     target = instruction.target
     if name == "RET":
-        address = state.get(instruction.operands[0])
+        address = state.get(instruction.operands[0].split()[0])
         first = address if isinstance(address, int) else None if address is None else int(address[0])
         target = code.addresses.get(first)
     if target is None:

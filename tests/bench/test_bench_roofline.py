@@ -116,18 +116,19 @@ def test_in_one_wave_loading_computing_and_storing_add_up():
 def test_exceptions_are_known_and_do_not_rot():
     def row(shape: str, ratio: float, size: int = 2**24) -> dict:
         return {
-            "shape": shape, "dtype": "float16", "direction": "forward", "kernel": "k", "bytes": size, "ratio": ratio
+            "shape": shape, "dtype": "float16", "direction": "forward", "kernel": "k", "limit": "alu", "bytes": size,
+            "ratio": ratio,
         }  # fmt: skip
 
-    found = [row("a", 2.0), row("b", 1.2), row("c", 9.0, size=1000)]
-    faults, used, stale = roofline.judge(found)
-    assert [one["shape"] for one in faults] == ["a"]
-    known = [roofline.Known(f"{name} * k", "for a reason") for name in "abd"]
+    found = [row("a", 2.0), row("a", 3.0), row("b", 1.2), row("c", 9.0, size=1000)]
+    faults, _, stale = roofline.judge(found)
+    assert [one["ratio"] for one in faults] == [2.0, 3.0]
+    assert not stale
+    known = [roofline.Known(f"{name} * k: alu", 2.5, "for a reason") for name in "ab"]
     faults, used, stale = roofline.judge(found, known)
-    assert not faults
-    assert [(one.pattern, count) for one, count in used] == [("a * k", 1)]
-    # b is not beyond the limit any more; of d there was nothing to see.
-    assert [one.pattern for one in stale] == ["b * k"]
+    assert [one["ratio"] for one in faults] == [3.0]
+    assert [(one.pattern, count) for one, count in used] == [("a * k: alu", 1)]
+    assert [one.pattern for one in stale] == ["b * k: alu"]
 
 
 def test_the_script_models_every_launch(tmp_path):
