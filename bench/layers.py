@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import triton_norm as tn
 
+from .passes import INFERENCE
 from .shapes import Shape
 
 #: A layer is called with x, with scale and shift where it is adaptive and, where it has one, the residual.
@@ -145,18 +146,26 @@ def parameter_dtype(shape: Shape, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if shape.kind in ("batch", "instance") else dtype
 
 
-def exercise(shape: Shape, dtype: torch.dtype, device: str = "cpu") -> None:
-    """One fused forward and backward pass on tensors that nobody filled; batch norms in evaluation too."""
+def exercise(
+    shape: Shape, dtype: torch.dtype, device: str = "cpu", begin: Callable[[str], Any] = lambda direction: None
+) -> None:
+    """One fused forward and backward pass on tensors that nobody filled; batch norms in evaluation too.
+
+    ``begin`` is told of each direction, by its name in ``passes``.
+    """
 
     def tensor(size: Sequence[int]) -> Tensor:
         return shape.laid_out(torch.empty(size, dtype=dtype, device=device))
 
     layer = build(Fused, shape).to(device, parameter_dtype(shape, dtype))
     inputs = [tensor(size).requires_grad_() for size in shape.input_sizes]
+    begin("forward")
     outputs = layer(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    begin("backward")
     torch.autograd.grad(outputs, [*inputs, *layer.parameters()], [tensor(size) for size in shape.output_sizes])
     if shape.kind == "batch":
         layer.eval()
+        begin(INFERENCE)
         with torch.no_grad():
             layer(*inputs)

@@ -102,6 +102,8 @@ class Report:
     error: str = ""
     #: What the kernel was launched with, by name.
     arguments: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    #: Triton's own description.
+    compiled: Any = field(default=None, repr=False, compare=False)
 
 
 @contextmanager
@@ -114,14 +116,16 @@ def compiling(target: str) -> Iterator[list[Report]]:
 
     def compile_only(launch: Launch, *pointers: torch.Tensor | None) -> None:
         kernel, arguments = launch._kernel, (*pointers, *launch._constants)
+        named = dict(zip(kernel.arg_names, arguments, strict=True))
+        compiled = None
         try:
-            report = inspect(kernel.warmup(*arguments, grid=launch._grid, **launch._options))
+            compiled = kernel.warmup(*arguments, grid=launch._grid, **launch._options)
+            report = inspect(compiled)
         except Exception as error:
             # Each compiler has exceptions of its own. A launch that fails is a finding: the others are compiled too.
             failed = f"{type(error).__name__}: {error}".splitlines()[0]
             report = Report(kernel.__name__, launch._options["num_warps"], 0, 0, 0, 0, {}, {}, error=failed)
-        named = dict(zip(kernel.arg_names, arguments, strict=True))
-        reports.append(replace(report, grid=launch._grid, arguments=named))
+        reports.append(replace(report, grid=launch._grid, arguments=named, compiled=compiled))
 
     triton.runtime.driver.set_active(StubDriver(target))
     # A change of the mode also has calls forgotten that were bound for another target.
@@ -155,7 +159,7 @@ def inspect(compiled) -> Report:
 
 
 @functools.cache
-def _tool(name: str) -> str:
+def tool(name: str) -> str:
     """cuobjdump and nvdisasm come inside Triton's wheel."""
     (path,) = Path(triton.__file__).parent.rglob(f"bin/{name}")
     return str(path)
@@ -167,10 +171,10 @@ def _inspect_cuda(cubin: bytes) -> tuple[int, int, int, dict[int, int], dict[int
         file.write(cubin)
         file.flush()
         usage = subprocess.run(
-            [_tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
+            [tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
         ).stdout
         # Without its analysis of the data flow it takes two thirds of the time.
-        command = [_tool("nvdisasm"), "-ndf", file.name]
+        command = [tool("nvdisasm"), "-ndf", file.name]
         sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     # Spilled values live on the stack (local memory), which these kernels use for nothing else.

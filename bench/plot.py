@@ -27,7 +27,7 @@ PANELS = {"forward": "forward", "backward": "backward", "both": "forward + backw
 FLOOR, WARNING = "#777777", "#B00000"
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
     try:
         from matplotlib.figure import Figure  # without pyplot: no window system, no global state
     except ModuleNotFoundError as error:
@@ -95,7 +95,7 @@ class Plots:
         ]
         at = {name: -index for index, name in enumerate(names)}
         others = [contender for contender in self.contenders if contender != EAGER]
-        figure = _figure(14, 2.4 + 0.24 * len(names))
+        figure = new_figure(14, 2.4 + 0.24 * len(names))
         from matplotlib.ticker import LogLocator
 
         panels = figure.subplots(1, 3, sharey=True)
@@ -122,7 +122,7 @@ class Plots:
         return True
 
     def _against_size(self, path: Path, title: str, label: str, value: Callable[[Row], float], floor: Callable) -> bool:
-        figure = _figure(13, 5.6)
+        figure = new_figure(13, 5.6)
         for axes, (direction, name) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
             for contender in self.contenders:
                 found = [(row["min_mib"], value(row)) for row in self.of(contender, direction, "min_mib")]
@@ -157,7 +157,7 @@ class Plots:
         if not eager:
             return False
         at = {name: -index for index, name in enumerate(eager)}
-        figure = _figure(11, 2.4 + 0.24 * len(eager))
+        figure = new_figure(11, 2.4 + 0.24 * len(eager))
         axes = figure.subplots()
         for contender in self.contenders:
             found = [
