@@ -96,7 +96,7 @@ def normalize_rows(
     tile = tile_of(rows, 0, sizes, BLOCK, LAYOUT)
     values = load_tile(operands.x, offsets(rows, tile, x_strides, LAYOUT), tile, ACC)
     n = row_length(sizes, ACC)
-    mean, m2 = moments(values, tile.mask, n, True, NORM)
+    mean, m2 = moments(values, tile.mask, n, True, PAD is not None, NORM)
     mean, m2 = group_moments(mean, m2, rows.live, n, NORM)
     place, total = statistics_at(rows, sizes, NORM)
     once = rows.live
@@ -183,7 +183,7 @@ def normalize(
         center = load_rows(mean, block.channel, block.live, 0.0, ACC)
         rstd = tl.rsqrt(load_rows(variance, block.channel, block.live, 1.0, ACC) + eps)
     elif partials is not None:
-        center, m2 = combine(partials, block.index, block.live, rows, P, BLOCK_P, NORM)
+        center, m2 = combine(partials, block.index, block.live, rows, P, BLOCK_P, PAD is not None, NORM)
         n = row_length(sizes, ACC)
         rstd = tl.rsqrt(m2 / (n - NORM.CORRECTION) + eps)
         if share == 0:

@@ -10,31 +10,31 @@ from .tiles import load_tile, offsets, over_group, row_block, row_length, row_of
 
 
 @triton.jit
-def product(a, b, FEW: tl.constexpr):
-    """a * b, the terms of a sum of which each lane may hold one, FEW.
+def product(a, b, ALIKE: tl.constexpr):
+    """a * b, the terms of a sum of which every lane that holds it is to have the same bits, ALIKE.
 
     Lanes add each other's term to their own. Contracted with that sum, a product is rounded on one side alone, so lanes
-    would differ in the last bit of what is one number; and a row's copies in its padding, computed by other lanes, too.
+    with one term each would differ in the last bit; and a row's copies in its padding are computed by other lanes.
     """
-    if FEW:
+    if ALIKE:
         return tl.fma(a, b, tl.zeros_like(a))
     else:
         return a * b
 
 
 @triton.jit
-def moments(x, live, n, CORRECT: tl.constexpr, NORM: tl.constexpr):
+def moments(x, live, n, CORRECT: tl.constexpr, ALIKE: tl.constexpr, NORM: tl.constexpr):
     """Mean and Σ(x - mean)² of each row of a tile that is 0 where not live and holds n live columns.
 
     Without a mean to subtract (RMS norm) that is 0 and Σx². CORRECT takes back the rounding of the mean, which matters
     where it is large against the deviation: the corrected two-pass algorithm of Chan, Golub and LeVeque (1983).
+    ALIKE is that of ``product``, for rows that are padded.
     """
-    FEW: tl.constexpr = x.shape[0] * x.shape[1] <= 2048
     if not NORM.CENTERED:
-        return tl.zeros((x.shape[0],), x.dtype), tl.sum(product(x, x, FEW), 1)
+        return tl.zeros((x.shape[0],), x.dtype), tl.sum(x * x, 1)
     mean = tl.sum(x, 1) / n
     centered = tl.where(live, x - mean[:, None], 0.0)
-    m2 = tl.sum(product(centered, centered, FEW), 1)
+    m2 = tl.sum(product(centered, centered, ALIKE), 1)
     if CORRECT:
         rest = tl.sum(centered, 1) / n
         m2 -= n * rest * rest
@@ -56,7 +56,7 @@ def group_moments(mean, m2, live, n, NORM: tl.constexpr):
 
 
 @triton.jit
-def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, NORM: tl.constexpr):
+def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, ALIKE: tl.constexpr, NORM: tl.constexpr):
     """Combines what partial_statistics wrote into one mean and second moment per row or, with GROUP, per group."""
     first = index * NORM.GROUP
     plane = tl.full((), 1, tl.int64) * P * rows
@@ -76,7 +76,7 @@ def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, NORM: tl.cons
             mean_j += tl.load(partials + 3 * plane + row, mask=mask, other=0.0) - anchor[:, None]
         m2_j = tl.load(partials + 2 * plane + at, mask=mask, other=0.0)
         n_block = tl.sum(n_j, 1)
-        mean_block = tl.sum(product(n_j, mean_j, True), 1) / tl.where(live, n_block, 1.0)
+        mean_block = tl.sum(product(n_j, mean_j, ALIKE), 1) / tl.where(live, n_block, 1.0)
         distance = mean_j - mean_block[:, None]
         share = n_block / tl.where(live, n + n_block, 1.0)
         delta = mean_block - mean
@@ -167,7 +167,7 @@ def partial_statistics(
         tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
         n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
         values = load_tile(x, offsets(block, tile, strides, LAYOUT), tile, ACC)
-        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, NORM)
+        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share
@@ -195,7 +195,7 @@ def finalize_statistics(
     index = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     total = rows // NORM.GROUP
     live = index < total
-    mean, m2 = combine(partials, index, live, rows, P, BLOCK_P, NORM)
+    mean, m2 = combine(partials, index, live, rows, P, BLOCK_P, False, NORM)
     running = Running(running_mean, running_var, count, momentum, momentum_rest)
     n = row_length(Sizes(None, K, S, rows, 1, None, None), ACC) * NORM.GROUP
     store_statistics(statistics, running, index, live, total, mean, m2, n, eps, STORE_VARIANCE, NORM)
