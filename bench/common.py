@@ -164,3 +164,12 @@ def caption(found: dict[str, str]) -> str:
         f"commit {found['commit']}, {found['date']}"
     )
     return line if found["device"] == "cuda" else f"{line}\n{CPU_CAVEAT}"
+
+
+def add_shapes(parser: Parser, groups: Sequence[str]) -> None:
+    """The options by which a command takes a part of the shapes."""
+    parser.add_argument("--groups", type=comma_list(groups, "group"), metavar="A,B", help=", ".join(groups))
+    parser.add_argument(
+        "--shapes", type=lambda text: text.split(","), metavar="A,B",
+        help="only shapes whose name contains one of these",
+    )  # fmt: skip

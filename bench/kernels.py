@@ -139,13 +139,7 @@ def parser() -> Parser:
     parser = Parser(prog="bench.kernels", description=__doc__)
     add = parser.add_argument
     add("--targets", type=_targets, metavar="A,B", help=f"{', '.join(TARGETS)} or all (default: all; --quick: sm_90)")
-    add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
-    add(
-        "--shapes",
-        type=lambda text: text.split(","),
-        metavar="A,B",
-        help="only shapes whose name contains one of these",
-    )
+    common.add_shapes(parser, shapes.GROUPS)
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="the short list of shapes: under a minute")

@@ -237,13 +237,7 @@ def report(found: Sequence[Row], most: int) -> None:
 def parser() -> Parser:
     parser = Parser(prog="bench.roofline", description=__doc__)
     add = parser.add_argument
-    add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
-    add(
-        "--shapes",
-        type=lambda text: text.split(","),
-        metavar="A,B",
-        help="only shapes whose name contains one of these",
-    )
+    common.add_shapes(parser, shapes.GROUPS)
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16 and float32; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="a handful of shapes: under a minute")

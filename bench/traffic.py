@@ -194,13 +194,7 @@ HEADER = ("shape", "direction", "dtype", "launches", "bytes/element", "minimum",
 def parser() -> Parser:
     parser = Parser(prog="bench.traffic", description=__doc__)
     add = parser.add_argument
-    add("--groups", type=common.comma_list(shapes.GROUPS, "group"), metavar="A,B", help=", ".join(shapes.GROUPS))
-    add(
-        "--shapes",
-        type=lambda text: text.split(","),
-        metavar="A,B",
-        help="only shapes whose name contains one of these",
-    )
+    common.add_shapes(parser, shapes.GROUPS)
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), default=["float16"], metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16)")  # fmt: skip
     add("--all", action="store_true", help="every shape, not only the short list: minutes")
