@@ -46,8 +46,12 @@ def over_group(values, NORM: tl.constexpr):
         return values
     else:
         R: tl.constexpr = values.shape[0]
-        total = tl.sum(tl.reshape(values, (R // NORM.SPAN, NORM.SPAN)), 1)
-        return tl.reshape(tl.broadcast_to(total[:, None], (R // NORM.SPAN, NORM.SPAN)), (R, 1))
+        if NORM.SPAN == R:
+            # Also a cluster of more CTAs than rows compiles this.
+            return tl.broadcast_to(tl.sum(values, 0)[None, :], (R, 1))
+        else:
+            total = tl.sum(tl.reshape(values, (R // NORM.SPAN, NORM.SPAN)), 1)
+            return tl.reshape(tl.broadcast_to(total[:, None], (R // NORM.SPAN, NORM.SPAN)), (R, 1))
 
 
 @triton.jit

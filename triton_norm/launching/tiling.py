@@ -116,7 +116,10 @@ class Tiling:
         return torch.float64 if self.work.itemsize == 8 else torch.float32
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *constants: Any, warps: int | None = None) -> Launch:
-        return Launch(kernel, grid, constants, warps or self.plan.warps, self.device)
+        """With the plan's warps, in its clusters; or with these warps, of kernels that walk no tile of x."""
+        if warps is not None:
+            return Launch(kernel, grid, constants, warps, self.device)
+        return Launch(kernel, grid, constants, self.plan.warps, self.device, self.plan.ctas)
 
 
 def cut(

@@ -15,7 +15,7 @@ SECTOR = 32
 #: A tensor of at most this many bytes stays in L2, and the extra sectors cost less than two more launches.
 NARROW_BYTES = 4 * 2**20
 #: What no plan exceeds: elements of a tile, which is Triton's own limit, and what a GPU gives to one program.
-LARGEST_TILE, MOST_WARPS, MOST_THREADS = 2**20, 32, 1024
+LARGEST_TILE, MOST_WARPS, MOST_THREADS, MOST_CTAS = 2**20, 32, 1024, 16
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
 INLINE_PARTIALS = 1024
 
@@ -29,6 +29,8 @@ class Device:
     l2_bytes: int = 50 * 2**20
     #: That a multiprocessor runs at a time.
     threads: int = 2048
+    #: CTAs at most of a thread-block cluster; 1 where there are none, or Triton does not compile these kernels for any.
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class Plan:
     A tile is ``rows`` rows of ``block_k * block_s`` columns. "persistent": one program holds whole rows in one tile.
     "split": ``splits`` programs share a row and walk ``steps`` tiles each. All block sizes are powers of two.
     A ``fold`` above 1 lays a row's S columns as (fold, S / fold). A persistent program takes ``steps`` blocks of rows,
-    more than one only of norms with an affine per column, which then stays in registers.
+    more than one only of norms with an affine per column, which then stays in registers. It is a cluster of ``ctas``
+    thread blocks, of ``warps`` each, which hold the tile together and sum it through distributed shared memory.
     """
 
     regime: str
@@ -49,6 +52,7 @@ class Plan:
     steps: int
     warps: int
     fold: int = 1
+    ctas: int = 1
 
     @property
     def inline(self) -> bool:
@@ -98,13 +102,13 @@ def choose(
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns * itemsize <= NARROW_BYTES:
             elements = rows * columns
-            scattered = geometry.transposed or not _vectorizes(geometry)
+            scattered = geometry.transposed or not vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
             threads = 256 if few else 512
             per_thread = _per_thread(geometry, backward, affine != "row")
             # What is read beside x and dy, a number at a time or next to an affine, takes its own registers.
-            beside = not geometry.transposed and not _vectorizes(geometry) and backward
+            beside = not geometry.transposed and not vectorizes(geometry) and backward
             if extra != "none" and (beside or (affine == "column" and itemsize > 2)):
                 per_thread //= 2
             warps = _warps(elements, per_thread, threads, device)
@@ -121,7 +125,7 @@ def choose(
     return _split(geometry, itemsize, backward, affine, device)
 
 
-def _vectorizes(geometry: Geometry) -> bool:
+def vectorizes(geometry: Geometry) -> bool:
     """Whether 16 divides the rows of a contiguous layout, so that they are read in 16-byte pieces in every dtype."""
     return not geometry.padded and geometry.S % 16 == 0
 
@@ -146,7 +150,7 @@ def register_limit(
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
         return FULL_TILE // 2
-    aligned = _vectorizes(geometry)
+    aligned = vectorizes(geometry)
     # Rows of groups whose size is no power of two are not neighbours, so every one has an offset to keep.
     uneven = geometry.group != power_of_2(geometry.group)
     if not backward:
