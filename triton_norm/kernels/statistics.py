@@ -139,11 +139,63 @@ def store_statistics(
 
 
 @triton.jit
+def moments_of_tiles(
+    x, first, last, anchor, rows, sizes, strides,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and second moment of some tiles' rows, tile by tile."""
+    R: tl.constexpr = BLOCK.R
+    n = tl.full((), 0, ACC)
+    mean = tl.zeros((R,), ACC)
+    m2 = tl.zeros((R,), ACC)
+    for index in range(first, last):
+        tile = tile_of(rows, index, sizes, BLOCK, LAYOUT)
+        n_tile = tl.sum(((tile.k < sizes.K) & (tile.s < sizes.S)).to(ACC), 0)
+        values = load_tile(x, offsets(rows, tile, strides, LAYOUT), tile, ACC)
+        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
+        share = n_tile / (n + n_tile)
+        delta = mean_tile - mean
+        mean += delta * share
+        m2 += m2_tile + delta * delta * n * share
+        n += n_tile
+    return n, mean, m2
+
+
+@triton.jit
+def moments_of_columns(
+    x, first, last, anchor, rows, sizes, strides,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The same, of each column of a tile by itself (Welford, 1962) and then of all: no lane waits for another before.
+
+    For tiles whose rows are neighbours in memory, where a row is spread over all warps, and a sum over it takes more
+    time than to read it.
+    """
+    R: tl.constexpr = BLOCK.R
+    C: tl.constexpr = BLOCK.K * BLOCK.S
+    n = tl.zeros((1, C), ACC)
+    mean = tl.zeros((R, C), ACC)
+    m2 = tl.zeros((R, C), ACC)
+    for index in range(first, last):
+        tile = tile_of(rows, index, sizes, BLOCK, LAYOUT)
+        there = ((tile.k < sizes.K) & (tile.s < sizes.S))[None, :]
+        values = load_tile(x, offsets(rows, tile, strides, LAYOUT), tile, ACC)
+        n += there.to(ACC)
+        delta = tl.where(tile.mask, values - anchor - mean, 0.0)
+        mean += delta * (1.0 / tl.where(n == 0, 1.0, n))
+        m2 += delta * (values - anchor - mean)
+    total = tl.sum(n, 1)
+    center = tl.sum(mean * n, 1) / total
+    distance = tl.where(n > 0, mean - center[:, None], 0.0)
+    return tl.sum(total, 0), center, tl.sum(m2 + n * distance * distance, 1)
+
+
+@triton.jit
 def partial_statistics(
     x, partials,
     G, K, S, rows, tiles, steps,
     x_a, x_g, x_k, x_s,
-    BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
 
@@ -161,19 +213,11 @@ def partial_statistics(
         anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
     else:
         anchor = tl.zeros((R, 1), ACC)
-    n = tl.full((), 0, ACC)
-    mean = tl.zeros((R,), ACC)
-    m2 = tl.zeros((R,), ACC)
-    for index in range(first, tl.minimum(first + steps, tiles)):
-        tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
-        n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
-        values = load_tile(x, offsets(block, tile, strides, LAYOUT), tile, ACC)
-        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
-        share = n_tile / (n + n_tile)
-        delta = mean_tile - mean
-        mean += delta * share
-        m2 += m2_tile + delta * delta * n * share
-        n += n_tile
+    last = tl.minimum(first + steps, tiles)
+    if BY_COLUMN:
+        n, mean, m2 = moments_of_columns(x, first, last, anchor, block, sizes, strides, BLOCK, NORM, ACC, LAYOUT)
+    else:
+        n, mean, m2 = moments_of_tiles(x, first, last, anchor, block, sizes, strides, BLOCK, NORM, ACC, LAYOUT)
     at = tl.program_id(1).to(tl.int64) * rows + block.index
     plane = tl.num_programs(1).to(tl.int64) * rows
     tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=block.live)

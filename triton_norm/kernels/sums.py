@@ -92,12 +92,7 @@ def shared_sums(
 
 
 @triton.jit
-def _column_sum(source, target, total_at, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    total = tl.zeros((BLOCK_L, BLOCK_M), ACC)
-    for start in range(0, L, BLOCK_L):
-        at_l = start + tl.arange(0, BLOCK_L)
-        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
-        total += tl.load(source + at, mask=(at_l < L)[:, None] & (at_m < M)[None, :], other=0.0)
+def _store_sum(total, target, total_at, at_m, M):
     summed = tl.sum(total, 0)
     if target is not None:
         tl.store(target + at_m, summed, mask=at_m < M)
@@ -113,18 +108,34 @@ def column_sums(
     """Sums each of Q (L, M) planes of source over L. Grid (M blocks,).
 
     The sums go to the parameters' gradients that are wanted and, where a later pass needs them, to ``totals`` (Q, M).
+    Planes are walked together: there are few programs, whose time is what they wait for memory.
     """
+    FIRST: tl.constexpr = first is not None or totals is not None
+    SECOND: tl.constexpr = second is not None or totals is not None
+    THIRD: tl.constexpr = third is not None or (totals is not None and Q == 3)
     at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.full((), 1, tl.int64) * L * M
-    if totals is not None:
-        _column_sum(source, first, totals, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        _column_sum(source + plane, second, totals + M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if Q == 3:
-            _column_sum(source + 2 * plane, third, totals + 2 * M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-    else:
-        if first is not None:
-            _column_sum(source, first, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if second is not None:
-            _column_sum(source + plane, second, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if third is not None:
-            _column_sum(source + 2 * plane, third, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    sum_0 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    sum_1 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    sum_2 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    for start in range(0, L, BLOCK_L):
+        at_l = start + tl.arange(0, BLOCK_L)
+        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
+        mask = (at_l < L)[:, None] & (at_m < M)[None, :]
+        if FIRST:
+            sum_0 += tl.load(source + at, mask=mask, other=0.0)
+        if SECOND:
+            sum_1 += tl.load(source + plane + at, mask=mask, other=0.0)
+        if THIRD:
+            sum_2 += tl.load(source + 2 * plane + at, mask=mask, other=0.0)
+    total_at = totals
+    if FIRST:
+        _store_sum(sum_0, first, total_at, at_m, M)
+    if SECOND:
+        if totals is not None:
+            total_at = totals + M
+        _store_sum(sum_1, second, total_at, at_m, M)
+    if THIRD:
+        if totals is not None:
+            total_at = totals + 2 * M
+        _store_sum(sum_2, third, total_at, at_m, M)

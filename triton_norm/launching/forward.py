@@ -195,7 +195,8 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
     plan, (G, K, S, rows, _) = t.plan, t.sizes
     first = t.launch(
         statistics_kernels.partial_statistics, (t.row_blocks, plan.splits),
-        G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], t.block, t.norm, t.acc, t.layout,
+        G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], t.geometry.transposed and t.norm.CENTERED, t.block, t.norm,
+        t.acc, t.layout,
     )  # fmt: skip
     size, dtype, group = (3 * plan.splits + 1) * rows, t.dtype, t.geometry.group
     block = min(power_of_2(plan.splits * group), 512)

@@ -38,8 +38,10 @@ class Gradients(NamedTuple):
 
 def column_sums(t: Tiling, length: int, width: int, planes: int = 0) -> Launch:
     """Sums (planes, length, width) over length; called with source, totals (planes, width) and three outputs."""
-    block_m = min(power_of_2(width), 16)
-    block_l = min(power_of_2(length), 2048 // block_m)
+    # A memory sector of each row at least. Narrower blocks are more programs, and each has fewer of its rows to wait for.
+    narrow = cdiv(width, 16) < t.work.device.multiprocessors
+    block_m = min(power_of_2(width), 8 if narrow else 16)
+    block_l = min(power_of_2(length), 4096 // block_m)
     return t.launch(
         kernels.column_sums, (cdiv(width, block_m),), length, width, planes, block_l, block_m, t.acc, warps=4
     )  # fmt: skip

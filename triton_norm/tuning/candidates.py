@@ -11,7 +11,19 @@ from dataclasses import dataclass, replace
 
 from ..geometry import Geometry
 from . import plan as planning
-from .plan import LARGEST_TILE, MOST_CTAS, MOST_THREADS, MOST_WARPS, SECTOR, TILE, Device, Plan, cdiv, power_of_2
+from .plan import (
+    LARGEST_TILE,
+    MOST_CTAS,
+    MOST_THREADS,
+    MOST_WARPS,
+    REGISTERS,
+    SECTOR,
+    TILE,
+    Device,
+    Plan,
+    cdiv,
+    power_of_2,
+)  # fmt: skip
 
 #: Bytes that memory could have moved in the time that one more kernel costs: about 2 µs at 3 TB/s.
 LAUNCH_BYTES = 6 * 2**20
@@ -23,7 +35,6 @@ FROM_L2 = 0.25
 ALONE = 1.3
 #: A plan that is to take so many times as long as the best by this model is not measured.
 HOPELESS = 2.0
-REGISTERS = 65536
 THREADS = 2048
 #: Registers of a thread that hold no elements.
 OVERHEAD = 24

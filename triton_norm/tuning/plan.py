@@ -14,6 +14,8 @@ MOST_ROWS = 128
 SECTOR = 32
 #: A tensor of at most this many bytes stays in L2, and the extra sectors cost less than two more launches.
 NARROW_BYTES = 4 * 2**20
+#: Of a multiprocessor whose warps have 32 lanes; with 64 it has twice as many.
+REGISTERS = 65536
 #: What no plan exceeds: elements of a tile, which is Triton's own limit, and what a GPU gives to one program.
 LARGEST_TILE, MOST_WARPS, MOST_THREADS, MOST_CTAS = 2**20, 32, 1024, 16
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
@@ -106,6 +108,11 @@ def choose(
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
             threads = 256 if few else 512
+            # Layer norms of channels_first: a row is spread over all warps, and the fewer these are, the less it takes
+            # to sum it. Only as half-precision numbers do so many elements a thread stay in registers.
+            by_channel = affine == "column" and geometry.transposed and not backward
+            fewest = by_channel and itemsize == 2 and extra == "none" and elements <= FULL_TILE
+            threads = 128 if fewest else threads
             per_thread = _per_thread(geometry, backward, affine != "row")
             # What is read beside x and dy, a number at a time or next to an affine, takes its own registers.
             beside = not geometry.transposed and not vectorizes(geometry) and backward
@@ -118,9 +125,10 @@ def choose(
             block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
             plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
             if affine == "column":
-                # No more programs than run at a time, at the registers that a thread of each direction takes.
-                resident = max(device.threads // (device.warp_size * warps) // (4 if backward else 2), 1)
-                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), resident * device.multiprocessors))
+                # No more programs than run at a time, at the registers that most of these kernels take.
+                registers = 126 if backward or fewest else 98 if geometry.transposed else 80
+                places = _places(registers, warps, device) or device.multiprocessors
+                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), places))
             return plan
     return _split(geometry, itemsize, backward, affine, device)
 
@@ -189,17 +197,37 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
     if not geometry.transposed:
         # Every row has a 64-bit offset of its own, so not too many of them.
         rows = max(min(power_of_2(geometry.G), tile // (block_s * block_k), MOST_ROWS), 1)
-    tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
-    row_blocks = geometry.A * cdiv(geometry.G, rows)
-    steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    if geometry.transposed:
-        # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
-        steps = max(steps, min(4, tiles))
     per_thread = _per_thread(geometry, backward, geometry.transposed or affine == "element")
     if affine == "column" or (affine == "element" and backward):
         per_thread //= 2
     warps = _warps(rows * block_k * block_s, per_thread, 512, device)
+    tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
+    row_blocks = geometry.A * cdiv(geometry.G, rows)
+    # Read from compiled code for sm_90: what most of these kernels take.
+    registers = (126 if backward else 80) if geometry.transposed else 80 if backward and warps < 16 else 64
+    # The device that stands for the interpreter has room for none; a row is to be shared there too.
+    steps = _steps(tiles, row_blocks, device, _places(registers, warps, device) or 4 * device.multiprocessors)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
+
+
+def _steps(tiles: int, row_blocks: int, device: Device, places: int) -> int:
+    """Tiles that each program walks: so that those that run at a time, round after round, have the fewest to walk.
+
+    Of equal ones the most: a last round of few programs takes as long as any.
+    """
+    # A program that walks one tile loads, computes and stores in turn, and partial results of the many rows of a
+    # channels_last tile are some 5 percent of the bytes of two; but multiprocessors that idle cost more.
+    least = 2 if row_blocks * cdiv(tiles, 2) >= 2 * device.multiprocessors else 1
+    splits = (max(rounds * places // row_blocks, 1) for rounds in range(1, 9))
+    options = {min(max(cdiv(tiles, n), least), tiles) for n in splits}
+    return min(options, key=lambda steps: (cdiv(row_blocks * cdiv(tiles, steps), places) * steps, -steps))
+
+
+def _places(registers: int, warps: int, device: Device) -> int:
+    """Programs that run at a time, of so many warps with so many registers a thread."""
+    threads = warps * device.warp_size
+    by_registers = REGISTERS * device.warp_size // 32 // (registers * threads)
+    return min(device.threads // threads, by_registers) * device.multiprocessors
 
 
 def _per_thread(geometry: Geometry, backward: bool, scattered: bool = False) -> int:
