@@ -100,7 +100,8 @@ def test_batch_norm_as_a_large_gpu_splits_it(monkeypatch, anew):
     (forward, launches), (backward, backward_launches) = measure(
         module, (8, 32, 56, 56), "channels_last", residual=True
     )
-    assert forward <= 8.45 and launches <= 3
+    # So few rows are split in small parts, for there to be enough programs; each part has statistics to write.
+    assert forward <= 8.5 and launches <= 3
     assert backward <= 12.7 and backward_launches <= 3
 
 
