@@ -220,6 +220,8 @@ def call(
     fused.setdefault("activation", a.activation)
     if a.out is not None:
         fused["dtype"] = a.out
+    if a.unit_offset:
+        fused["unit_offset"] = True
     if a.kind in ROWS:
         if a.kind == "rms":
             return functional.rms_norm(x, a.normalized_shape, weight, a.eps, **fused)
@@ -227,7 +229,6 @@ def call(
     fused = {"padding": a.padding, "padding_mode": a.padding_mode, **fused}
     if a.kind == "channels":
         return functional.channel_norm(x, x.shape[1:2], weight, bias, a.eps, **fused)
-    fused["unit_offset"] = a.unit_offset
     if a.kind == "group":
         return functional.group_norm(x, a.num_groups, weight, bias, a.eps, **fused)
     if a.unbiased:

@@ -122,6 +122,7 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    unit_offset: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``activation(layer_norm(input) * weight + bias + residual)`` in one pass over ``input`` (*, *normalized_shape).
@@ -130,7 +131,7 @@ def layer_norm(
     dtype and errors are as in ``batch_norm``, and autocast as in ``group_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
+    spec = Spec("layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype))
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 
 
@@ -142,6 +143,7 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    unit_offset: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``activation(rms_norm(input) * weight + residual)`` in one pass over ``input`` (*, *normalized_shape).
@@ -150,7 +152,7 @@ def rms_norm(
     of float64 for float64 input. Everything else is as in ``layer_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
+    spec = Spec("rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype))
     return normalize(spec, input, weight, None, residual, slope, None, None, None)
 
 

@@ -145,7 +145,7 @@ FAMILY = {
     "instance, per sample": ("instance", SHAPE, {"form": "sample", "unbiased": True}),
     "instance, per element": ("instance", SHAPE, {"form": "element"}),
     "layer": ("layer", (7, 3, 24), {}),
-    "layer over dims": ("layer", (11, 3, 8), {"normalized_shape": (3, 8)}),
+    "layer over dims": ("layer", (11, 3, 8), {"normalized_shape": (3, 8), "unit_offset": True}),
     "rms": ("rms", (19, 37), {}),
     "channels": ("channels", (2, 6, 5, 4), {}),
 }

@@ -9,6 +9,7 @@ from .tiles import (
     load_columns,
     load_statistics,
     load_tile,
+    load_weight,
     offsets,
     row_block,
     store_columns,
@@ -35,7 +36,7 @@ def column_gradients(
     y_strides = Strides(y_a, y_g, y_k, y_s, None)
     index = tl.program_id(0)
     k, s = columns(index, S, BLOCK.K, BLOCK.S)
-    w = load_columns(weight, k, s, sizes, 1.0, ACC)
+    w = load_weight(load_columns(weight, k, s, sizes, 1.0, ACC), None, None, None, sizes, NORM, ACC)
     b = load_columns(bias, k, s, sizes, 0.0, ACC)
     first = tl.program_id(1) * steps
     sum_dzx = zeros(BLOCK, ACC)

@@ -171,6 +171,8 @@ class GroupNorm(Affine, nn.GroupNorm):
 class LayerNorm(Activated, nn.LayerNorm):
     """``torch.nn.LayerNorm``, with fused activation and residual."""
 
+    _extras: ClassVar[frozenset[str]] = Activated._extras | {"unit_offset"}
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -193,7 +195,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation and residual."""
 
-    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"}
+    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"} | {"unit_offset"}
 
     def __init__(
         self,
