@@ -284,7 +284,11 @@ def checkable(a):
 
 
 CHECKED = [(case, {}) for case in (*NEW, "batch sample", "instance element")]
-CHECKED += [("group element", {"unit_offset": True}), ("rms", {"unit_offset": True}), ("instance sample", {"unbiased": True})]
+CHECKED += [
+    ("group element", {"unit_offset": True}),
+    ("rms", {"unit_offset": True}),
+    ("instance sample", {"unbiased": True}),
+]
 
 
 @pytest.mark.parametrize("i, case, options", [(i, *case) for i, case in enumerate(CHECKED)])

@@ -49,8 +49,8 @@ def load_upstream(
         return load_tile(upstream.dy, at, tile, ACC)
     else:
         d = load_folded(upstream.dy, rows, tile, sizes, y_strides, PAD, ACC, LAYOUT)
-        if upstream.dplain is not None:
-            d += load_tile(upstream.dplain, at, tile, ACC)
+        if upstream.dsecond is not None:
+            d += load_tile(upstream.dsecond, at, tile, ACC)
         return d
 
 
@@ -100,6 +100,15 @@ def store_parameters(gradients, sum_dzx, sum_dz, sum_ds, rows, NORM: tl.constexp
             tl.store(gradients.dbias + rows.index, sum_dz, mask=rows.live)
     if gradients.dslope is not None:
         tl.store(gradients.dslope + rows.index, sum_ds, mask=rows.live)
+
+
+@triton.jit
+def store_dx(pointer, upstream, at, tile, value, PAD: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of x or, where something was added to it, of both: the sum's own gradient comes on top."""
+    if PAD is None:
+        if upstream.dsecond is not None:
+            value += load_tile(upstream.dsecond, at, tile, ACC)
+    store_tile(pointer, at, tile, value)
 
 
 @triton.jit
@@ -169,13 +178,13 @@ def differentiate_rows(
         d = d - normalized * mean_dx
         if NORM.CENTERED:
             d = d - mean_d
-        store_tile(gradients.dx, at, tile, d * scale)
+        store_dx(gradients.dx, upstream, at, tile, d * scale, PAD, ACC)
     return dz, normalized
 
 
 @triton.jit
 def persistent_backward(
-    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, sums, weight, bias, slope,
+    x, dy, dsecond, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, sums, weight, bias, slope,
     G, K, S, rows, channels, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
@@ -192,7 +201,7 @@ def persistent_backward(
     """
     # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
     LONG: tl.constexpr = BLOCK.K * BLOCK.S > 4096 or (residual is not None and BLOCK.K * BLOCK.S > 2048)
-    upstream = Upstream(dy, dplain)
+    upstream = Upstream(dy, dsecond)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
@@ -240,7 +249,7 @@ def row_total(sums, plane: tl.constexpr, rows, sizes, P, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def gradient(
-    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, mean, variance, sums, partials,
+    x, dy, dsecond, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, mean, variance, sums, partials,
     weight, bias, slope,
     G, K, S, rows, channels, per_sample, tiles, steps, P,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
@@ -263,7 +272,7 @@ def gradient(
     WEIGHTED: tl.constexpr = NORM.AFFINE != ROW or NORM.GROUP > 1 or (NORM.PER_CHANNEL and per_sample is not None)
     BY_ROW: tl.constexpr = dslope is not None or (NORM.AFFINE == ROW and (dweight is not None or dbias is not None))
     SUMS: tl.constexpr = partials is not None or (sums is None and BY_ROW)
-    upstream = Upstream(dy, dplain)
+    upstream = Upstream(dy, dsecond)
     gradients = Gradients(dx, dresidual, dweight, dbias, dslope)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
@@ -362,7 +371,7 @@ def gradient(
                     scale = rstd * w
                 if NORM.CENTERED:
                     d -= mean_d
-                store_tile(dx, at, tile, (d - normalized * mean_dx) * scale)
+                store_dx(dx, upstream, at, tile, (d - normalized * mean_dx) * scale, PAD, ACC)
     if SUMS:
         row_dx = tl.sum(sums_dx, 1)
         row_d = tl.sum(sums_d, 1)

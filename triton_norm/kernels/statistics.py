@@ -6,7 +6,7 @@ tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and devia
 
 from . import tl, triton
 from .structs import Running, Sizes, Strides
-from .tiles import load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
+from .tiles import load_sum, load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
 
 
 @triton.jit
@@ -139,9 +139,9 @@ def store_statistics(
 
 @triton.jit
 def partial_statistics(
-    x, partials,
+    x, partials, addend, total,
     G, K, S, rows, tiles, steps,
-    x_a, x_g, x_k, x_s,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
@@ -149,6 +149,8 @@ def partial_statistics(
     Means are distances from an anchor, each row's first element, which goes to the (rows,) behind: a mean of 1e4 has
     only three digits behind the point in float32, and the differences of such means, times their counts, would enter
     the variance.
+
+    With an ``addend``, which lies like y, they are those of x + addend, which is written to ``total``.
     """
     R: tl.constexpr = BLOCK.R
     # Statistics depend on no channel.
@@ -158,6 +160,9 @@ def partial_statistics(
     first = tl.program_id(1) * steps
     if NORM.CENTERED:
         anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
+        if addend is not None:
+            beside = row_offsets(block, Strides(y_a, y_g, y_k, y_s, None), LAYOUT)
+            anchor += tl.load(addend + beside, mask=block.live[:, None], other=0.0).to(ACC)
     else:
         anchor = tl.zeros((R, 1), ACC)
     n = tl.full((), 0, ACC)
@@ -166,7 +171,12 @@ def partial_statistics(
     for index in range(first, tl.minimum(first + steps, tiles)):
         tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
         n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
-        values = load_tile(x, offsets(block, tile, strides, LAYOUT), tile, ACC)
+        x_at = offsets(block, tile, strides, LAYOUT)
+        if addend is None:
+            values = load_tile(x, x_at, tile, ACC)
+        else:
+            sum_at = offsets(block, tile, Strides(y_a, y_g, y_k, y_s, None), LAYOUT)
+            values = load_sum(x, addend, total, x_at, sum_at, tile, ACC)
         mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean

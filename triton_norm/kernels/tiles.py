@@ -147,6 +147,15 @@ def load_tile(pointer, at, tile, ACC: tl.constexpr):
 
 
 @triton.jit
+def load_sum(x, addend, total, x_at, at, tile, ACC: tl.constexpr):
+    """A tile of x + addend as rounded to x's dtype, which also goes to ``total`` where that is wanted."""
+    values = (load_tile(x, x_at, tile, ACC) + load_tile(addend, at, tile, ACC)).to(x.dtype.element_ty)
+    if total is not None:
+        store_tile(total, at, tile, values)
+    return values.to(ACC)
+
+
+@triton.jit
 def store_tile(pointer, at, tile, value):
     tl.store(pointer + at.row + at.k + at.s, value, mask=tile.mask)
 

@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """What the forward pass leaves for the backward, and the gradients of what it gave, at least one of these."""
 
     dy: Tensor | None
-    dplain: Tensor | None
+    dsecond: Tensor | None
     statistics: Tensor | None
     bits: Tensor | None
 
@@ -69,11 +69,12 @@ class Backward:
         o = operands.tidied(self.spec, o, plain)
         dy = saved.dy
         if self.spec.padding == 0:
-            dy = operands.like(dy, plain)
+            # Only the sum's gradient came.
+            dy = torch.zeros_like(plain, dtype=self.spec.result(o.x)) if dy is None else operands.like(dy, plain)
         else:
             padded = operands.empty_padded(self.spec, o.x)
             dy = padded.zero_() if dy is None else operands.like(dy, padded)
-        return o, saved._replace(dy=dy, dplain=operands.like(saved.dplain, plain))
+        return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
     def __call__(self, o: tuple, saved: tuple) -> tuple:
         x, weight, bias, _, slope = o[:5]
@@ -112,6 +113,7 @@ def _bind(
     t = tiling.cut(
         spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine.form, per_channel=per_channel,
         reduce=spec.use_stats and not per_channel, extra=extra, backward=True, plans=plans, scratch=trial,
+        beside=int(spec.padding == 0 and saved.dsecond is not None),
     )  # fmt: skip
     regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
     # Sums of a row: those for dx and the affine, and one for the slope.
@@ -148,7 +150,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
 
     def steps(o: tuple, saved: tuple, g: tuple) -> None:
         x, weight, bias, residual, slope, *_ = o
-        dy, dplain, statistics, bits = saved
+        dy, dsecond, statistics, bits = saved
         dx, dweight, dbias, dresidual, dslope = g
         parts = None
         if shares is not None:
@@ -157,7 +159,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
             dweight = dbias = None
         totals = None if finish is None else x.new_empty(size, dtype=dtype)
         launch(
-            x, dy, dplain, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
+            x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
         )  # fmt: skip
         if parts is not None:
@@ -180,7 +182,7 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         o, saved, g = _named(*of)
         partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
         launch(
-            o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
+            o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
             o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
         )  # fmt: skip
         if finish is not None:
@@ -208,11 +210,11 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         partials = o.x.new_empty(size, dtype=dtype)
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
-        first(o.x, saved.dy, saved.dplain, *(None,) * 5, *beside, None, partials, *affine_of)
+        first(o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of)
         earlier = partials if combine is None else combine(partials, o, g)
         if last is not None:
             last(
-                o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
+                o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
                 *affine_of,
             )  # fmt: skip
         if finish is not None:

@@ -100,7 +100,8 @@ def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
     if slope is not None and slope.numel() != x.shape[1]:
         # One slope that serves all channels.
         slope = slope.expand(x.shape[1]).contiguous()
-    return o._replace(x=x, weight=weight, bias=bias, residual=like(o.residual, plain), slope=slope)
+    residual, pre_residual = like(o.residual, plain), like(o.pre_residual, plain)
+    return o._replace(x=x, weight=weight, bias=bias, residual=residual, slope=slope, pre_residual=pre_residual)
 
 
 def statistics_count(spec: Spec, x: Tensor) -> int:

@@ -121,17 +121,18 @@ class Tiling:
 
 def cut(
     spec: Spec, walked: str, x: Tensor, y: Tensor, *, affine: str, per_channel: bool, reduce: bool, extra: str = "none",
-    backward: bool = False, plans: Planner, scratch: Callable[[Problem], Callable[[Plan], Callable]],
+    beside: int = 0, backward: bool = False, plans: Planner, scratch: Callable[[Problem], Callable[[Plan], Callable]],
 ) -> Tiling:  # fmt: skip
     """The tiling of x, walked in that geometry, with dense tensors like y.
 
     ``reduce`` is whether the kernels take statistics of a row, ``extra`` what they read per element beside x and dy, as
-    ``plan.choose`` knows it. ``scratch`` makes, from the problem and a plan, a call to be measured.
+    ``plan.choose`` knows it, and ``beside`` as ``Work`` does. ``scratch`` makes, from the problem and a plan, a call to
+    be measured.
     """
     width = spec.width(x.shape)
     geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width)
     index = x.get_device() if x.is_cuda else None
-    work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
+    work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine, beside=beside)
     name = "->".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (x, y)))
     problem = Problem(
         work, key(walked, name, work), devices.target(index), index,

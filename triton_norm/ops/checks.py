@@ -37,6 +37,8 @@ def check(spec: Spec, o: Operands) -> bool:
         and spec.eps > 0
     ):
         _ask_torch(spec, narrow, momentum)
+    if o.pre_residual is not None:
+        _check_pre_residual(o.x, o.pre_residual)
     return check_fused(spec, o.x, o.residual, o.slope) and fits
 
 
@@ -129,6 +131,18 @@ def _check_residual(x: Tensor, residual: Tensor, dtype: torch.dtype) -> None:
         or residual.device != x.device
     ):
         raise ValueError(f"residual must be like the input: expected {_describe(x)}, but got {_describe(residual)}")
+
+
+def _check_pre_residual(x: Tensor, pre_residual: Tensor) -> None:
+    if (
+        not isinstance(pre_residual, Tensor)
+        or pre_residual.shape != x.shape
+        or pre_residual.dtype not in (x.dtype, *HALF, torch.float32)
+        or pre_residual.device != x.device
+    ):
+        raise ValueError(
+            f"pre_residual must be like the input: expected {_describe(x)}, but got {_describe(pre_residual)}"
+        )
 
 
 def is_wide(spec: Spec, o: Operands) -> bool:

@@ -35,6 +35,11 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
 
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """The whole call: ``normalize``, and the padding; computed in float32 where the result's dtype is not x's."""
+    x, *rest, pre_residual = operands
+    if pre_residual is not None:
+        total = (x + pre_residual).to(x.dtype)
+        y = call(spec.but(return_sum=False), total, *rest, None)
+        return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
     dtype, spec = spec.result(operands[0]), spec.but(dtype=None)
@@ -44,12 +49,12 @@ def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
 
 def _widened(x: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
     """The operands in float32, float64 ones apart: of running statistics, which are updated, nobody has another."""
-    *first, mean, var, count = (x, *rest)
+    *first, mean, var, count, _ = (x, *rest)
     # torch wants x to be like running statistics in half precision.
     if mean is None or mean.dtype not in (torch.float16, torch.bfloat16):
         wide = torch.promote_types(x.dtype, torch.float32)
         first = [None if t is None else t.to(wide) for t in first]
-    return [*first, mean, var, count]
+    return [*first, mean, var, count, None]
 
 
 def padded(spec: Spec, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:

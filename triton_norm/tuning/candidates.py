@@ -42,6 +42,8 @@ class Work:
     extra: str
     device: Device
     affine: str = "row"
+    #: Further tensors: forward what is added to x and, where that is kept, the sum; backward the sum's gradient.
+    beside: int = 0
 
     def heuristic(self) -> Plan:
         return planning.choose(
@@ -51,7 +53,7 @@ class Work:
     @property
     def streams(self) -> float:
         """Tensors that must be read or written at least once, in units of the input."""
-        least = 3.0 if self.backward else 2.0
+        least = (3.0 if self.backward else 2.0) + self.beside
         if self.affine == "element":
             # Weight and bias; backward the weight, and the gradients of both.
             least += 3.0 if self.backward else 2.0
