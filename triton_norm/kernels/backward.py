@@ -28,6 +28,7 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weight,
+    of_sample,
     offsets,
     over_group,
     row_block,
@@ -36,6 +37,7 @@ from .tiles import (
     store_columns,
     store_tile,
     tile_of,
+    walked,
     zeros,
 )
 
@@ -198,6 +200,7 @@ def persistent_backward(
 
     With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks and writes its share
     of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
+    See ``walked`` for samples with affines of their own.
     """
     # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
     LONG: tl.constexpr = BLOCK.K * BLOCK.S > 4096 or (residual is not None and BLOCK.K * BLOCK.S > 2048)
@@ -206,16 +209,16 @@ def persistent_backward(
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
+        first, last, a = walked(tl.program_id(0), blocks, steps, sizes)
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(weight, k, s, sizes, 1.0, ACC)
+        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
         if not LONG:
-            bias_columns = load_columns(bias, k, s, sizes, 0.0, ACC)
+            bias_columns = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         sum_dzx = zeros(BLOCK, ACC)
         sum_dz = zeros(BLOCK, ACC)
-        first = tl.program_id(0) * steps
-        for block in range(first, tl.minimum(first + steps, blocks)):
+        for block in range(first, last):
             if LONG:
-                b = load_columns(bias, k, s, sizes, 0.0, ACC)
+                b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
             else:
                 b = bias_columns
             dz, normalized = differentiate_rows(
@@ -332,8 +335,8 @@ def gradient(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(weight, tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(bias, tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(of_sample(weight, of.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(of_sample(bias, of.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
         if NORM.AFFINE == ROW:
             w = weight_of_row
         else:

@@ -15,6 +15,7 @@ from .tiles import (
     load_sum,
     load_tile,
     load_weight,
+    of_sample,
     offsets,
     row_block,
     row_length,
@@ -22,6 +23,7 @@ from .tiles import (
     store_bits,
     store_tile,
     tile_of,
+    walked,
 )
 
 
@@ -135,8 +137,8 @@ def persistent_forward(
 ):  # fmt: skip
     """R whole rows in registers: one read, one write. Grid (row blocks,). With an ``addend``, of x + addend.
 
-    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, so that the affine
-    stays in its registers.
+    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, of one sample where
+    samples have affines of their own, so that the affine stays in its registers.
     """
     results = Results(y, second, bits)
     running = Running(running_mean, running_var, count, momentum, momentum_rest)
@@ -145,11 +147,11 @@ def persistent_forward(
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(weight, k, s, sizes, 1.0, ACC)
-        b = load_columns(bias, k, s, sizes, 0.0, ACC)
+        first, last, a = walked(tl.program_id(0), blocks, steps, sizes)
+        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+        b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         operands = Operands(x, residual, w, b, slope)
-        first = tl.program_id(0) * steps
-        for block in range(first, tl.minimum(first + steps, blocks)):
+        for block in range(first, last):
             normalize_rows(
                 block, operands, addend, results, statistics, running, sizes, x_strides, y_strides,
                 Activation(VALUE, DERIVATIVE, P0, P1, None, OFF),
@@ -210,8 +212,8 @@ def normalize(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(weight, tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(bias, tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(of_sample(weight, block.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(of_sample(bias, block.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
         finish(
             values, center, rstd, Operands(x, residual, w, b, slope), results, block, tile, at, sizes, y_strides,
             Activation(VALUE, DERIVATIVE, P0, P1, None, OFF), BLOCK, NORM, PAD, ACC, LAYOUT,

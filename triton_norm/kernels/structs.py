@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
     S: tl.tensor
     rows: tl.tensor
     channels: tl.tensor
-    #: The stride from sample to sample of (N, C) parameters, or None.
+    #: The stride from sample to sample of (N, C) parameters, or of those per column from a to a; or None.
     per_sample: tl.tensor
     #: Where a launch pads, k is (d, h), and this the size of h.
     H: tl.tensor

@@ -83,6 +83,32 @@ def affine_at(row, channel, channels, per_sample):
 
 
 @triton.jit
+def walked(program, blocks, steps, sizes):
+    """From which block of rows to which one a program walks, ``steps`` of ``blocks``, and in which sample.
+
+    Where samples have parameters per column of their own, ``blocks`` are those of one sample, and of so many programs
+    as there are samples each is in another: what programs sum then lies as (shares, samples, columns).
+    """
+    if sizes.per_sample is None:
+        first = program * steps
+        return first, tl.minimum(first + steps, blocks), 0
+    else:
+        samples = sizes.rows // sizes.G
+        a = program % samples
+        first = (program // samples) * steps
+        return a * blocks + first, a * blocks + tl.minimum(first + steps, blocks), a
+
+
+@triton.jit
+def of_sample(pointer, a, sizes):
+    """Where the parameters per column of a sample begin."""
+    if pointer is None or sizes.per_sample is None:
+        return pointer
+    else:
+        return pointer + tl.full((), 1, tl.int64) * a * sizes.per_sample
+
+
+@triton.jit
 def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
     """Indices k and s of the columns of one tile of a row; BLOCK_S is a power of two, so this costs no division."""
     across = tl.cdiv(S, BLOCK_S)

@@ -111,7 +111,7 @@ def _bind(
     trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
     extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
     t = tiling.cut(
-        spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine.form, per_channel=per_channel,
+        spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine, per_channel=per_channel,
         reduce=spec.use_stats and not per_channel, extra=extra, backward=True, plans=plans, scratch=trial,
         beside=int(spec.padding == 0 and saved.dsecond is not None),
     )  # fmt: skip
@@ -139,7 +139,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
     launch = t.launch(
         kernels.persistent_backward, (t.programs,),
-        *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
+        *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
         t.pad, t.acc, t.layout, t.plan.fold > 1,
     )  # fmt: skip
     direct = _one_row_each(t, affine, asked)
@@ -202,7 +202,7 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     direct = last is not None and combine is None and _one_row_each(t, affine, asked)
     by_row = any(asked.of_rows(affine)) and not direct and not settles
     finish = sums.parameter_gradients(t, affine, splits) if by_row else None
-    columns = _long_columns(t) if affine.form == "column" and (asked.weight or asked.bias) else None
+    columns = _long_columns(t, affine) if affine.form == "column" and (asked.weight or asked.bias) else None
     size = planes * splits * t.geometry.rows
 
     def steps(*of: tuple) -> None:
@@ -236,7 +236,8 @@ def _gradient(t: Tiling, affine: Affine, parts: int) -> Launch:
 
 def _one_row_each(t: Tiling, affine: Affine, asked: Gradients) -> bool:
     """Whether into each parameter's gradient exactly one row sums, so that the kernel that has the row writes it."""
-    return t.geometry.rows == t.geometry.channels or (affine.per_sample is not None and not asked.slope)
+    by_sample = affine.form == "row" and affine.per_sample is not None
+    return t.geometry.rows == t.geometry.channels or (by_sample and not asked.slope)
 
 
 Combine = Callable[[Tensor, Operands, Gradients], Tensor]
@@ -267,15 +268,18 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
     return combine, settles
 
 
-def _long_columns(t: Tiling) -> Callable[[Operands, Saved, Gradients], None]:
+def _long_columns(t: Tiling, affine: Affine) -> Callable[[Operands, Saved, Gradients], None]:
     """Gradients per column of rows that are too long for one program: a pass of its own, along the columns."""
     # As many programs as the passes before had, each with as many rows as it takes.
-    steps = cdiv(t.row_blocks, max(t.row_blocks * t.plan.splits // t.tiles, 1))
-    shares = sums.Shares.of(t, cdiv(t.row_blocks, steps))
+    samples = t.work.samples
+    steps = cdiv(t.blocks, max(t.row_blocks * t.plan.splits // t.tiles // samples, 1))
+    programs = samples * cdiv(t.blocks, steps)
+    shares = sums.Shares.of(t, programs)
     G, K, S, rows, _ = t.sizes
     launch = t.launch(
-        sum_kernels.column_gradients, (t.tiles, shares.count),
-        G, K, S, rows, t.row_blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc, t.layout,
+        sum_kernels.column_gradients, (t.tiles, programs),
+        G, K, S, rows, affine.per_sample, t.blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc,
+        t.layout,
     )  # fmt: skip
 
     def run(o: Operands, saved: Saved, g: Gradients) -> None:

@@ -133,12 +133,12 @@ def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, pl
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
     trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], keep_bits)
-    cut = partial(tiling.cut, spec, affine=affine.form, per_channel=per_channel, plans=plans, scratch=trial)
+    cut = partial(tiling.cut, spec, affine=affine, per_channel=per_channel, plans=plans, scratch=trial)
     tracks = spec.use_stats and o.running_mean is not None
     updates, averages = tracks and spec.kind == "batch", tracks and spec.kind == "instance"
     statistics = None
     if per_channel:
-        rows = cut("batch", o.x, plain, affine="row", per_channel=False, reduce=False)
+        rows = cut("batch", o.x, plain, affine=Affine("row"), per_channel=False, reduce=False)
         statistics, updates = _statistics(rows, averages, updates, True), False
     own = spec.use_stats and not per_channel
     beside = 0 if o.pre_residual is None else 1 + spec.return_sum
@@ -156,7 +156,7 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
     """Whole rows in one program: one launch."""
     launch = t.launch(
         kernels.persistent_forward, (t.programs,),
-        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides,
+        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides,
         t.spec.eps, stores_variance, *_activation(t.spec), t.block, t.norm, t.pad, t.acc, t.layout,
     )  # fmt: skip
 

@@ -91,7 +91,10 @@ def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Ten
 
 
 class Shares(NamedTuple):
-    """Where ``count`` programs write their parts of two gradients per column, and what sums these up."""
+    """Where programs write their parts of two gradients per column, ``count`` of each, and what sums these up.
+
+    Columns of samples that have weights of their own lie side by side.
+    """
 
     count: int
     columns: int
@@ -99,8 +102,8 @@ class Shares(NamedTuple):
     launch: Launch
 
     @staticmethod
-    def of(t: Tiling, count: int) -> "Shares":
-        columns = t.geometry.columns
+    def of(t: Tiling, programs: int) -> "Shares":
+        count, columns = programs // t.work.samples, t.geometry.columns * t.work.samples
         return Shares(count, columns, t.dtype, column_sums(t, count, columns))
 
     def empty(self, g: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

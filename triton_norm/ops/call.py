@@ -13,7 +13,7 @@ from torch import Tensor
 from ..launching.keys import HIP, Table, any_autocast, is_ordinary, nowhere, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
-from .checks import DTYPES, HALF, check, is_wide, matched
+from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
 Call = Callable[..., Result]
@@ -105,9 +105,10 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     if spec.dtype is not None and isinstance(o.x, Tensor) and o.x.dtype == spec.result(o.x):
         spec = spec.but(dtype=None)
     if is_wide(spec, o):
-        weight, bias = matched(o.x, o.weight, o.bias)
+        match = partial(matched_rows, spec.argument) if spec.kind in ROWS else matched
+        weight, bias = match(o.x, o.weight, o.bias)
         if weight is not o.weight or bias is not o.bias:
-            return lambda x, weight, bias, *rest: normalize(spec, x, *matched(x, weight, bias), *rest)
+            return lambda x, weight, bias, *rest: normalize(spec, x, *match(x, weight, bias), *rest)
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)

@@ -83,7 +83,8 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         weight = 1 + weight
     # torch 2.13's group norm with a bias alone has no gradient on the CPU.
     composed = correction or (kind == "group" and weight is None and bias is not None)
-    if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
+    dims = len(spec.argument) if kind in ROWS else 1
+    if not composed and all(p is None or p.dim() <= dims for p in (weight, bias)):
         y = norm(spec, Operands(x, weight, o.bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
     scale = 1.0
