@@ -127,7 +127,8 @@ class Tiling:
 
 def cut(
     spec: Spec, walked: str, x: Tensor, y: Tensor, *, affine: Affine, per_channel: bool, reduce: bool,
-    extra: str = "none", beside: int = 0, backward: bool = False, plans: Planner, scratch: Callable[[Problem], Callable[[Plan], Callable]],
+    extra: str = "none", beside: int = 0, backward: bool = False, plans: Planner,
+    scratch: Callable[[Problem], Callable[[Plan], Callable]],
 ) -> Tiling:  # fmt: skip
     """The tiling of x, walked in that geometry, with dense tensors like y.
 
