@@ -33,6 +33,7 @@ from .tiles import (
     over_group,
     row_block,
     row_length,
+    sample_of,
     statistics_at,
     store_columns,
     store_tile,
@@ -200,7 +201,7 @@ def persistent_backward(
 
     With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks and writes its share
     of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
-    See ``walked`` for samples with affines of their own.
+    See ``sample_of`` for samples with affines of their own.
     """
     # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
     LONG: tl.constexpr = BLOCK.K * BLOCK.S > 4096 or (residual is not None and BLOCK.K * BLOCK.S > 2048)
@@ -209,13 +210,14 @@ def persistent_backward(
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
-        first, last, a = walked(tl.program_id(0), blocks, steps, sizes)
+        a = sample_of(tl.program_id(0), sizes)
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
         w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
         if not LONG:
             bias_columns = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         sum_dzx = zeros(BLOCK, ACC)
         sum_dz = zeros(BLOCK, ACC)
+        first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
         for block in range(first, last):
             if LONG:
                 b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)

@@ -19,6 +19,7 @@ from .tiles import (
     offsets,
     row_block,
     row_length,
+    sample_of,
     statistics_at,
     store_bits,
     store_tile,
@@ -147,10 +148,11 @@ def persistent_forward(
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        first, last, a = walked(tl.program_id(0), blocks, steps, sizes)
+        a = sample_of(tl.program_id(0), sizes)
         w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
         b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         operands = Operands(x, residual, w, b, slope)
+        first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
         for block in range(first, last):
             normalize_rows(
                 block, operands, addend, results, statistics, running, sizes, x_strides, y_strides,

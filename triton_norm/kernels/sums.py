@@ -13,6 +13,7 @@ from .tiles import (
     of_sample,
     offsets,
     row_block,
+    sample_of,
     store_columns,
     tile_of,
     walked,
@@ -30,8 +31,8 @@ def column_gradients(
 ):  # fmt: skip
     """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
 
-    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows. See ``walked`` for
-    samples with affines of their own.
+    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows. See ``sample_of``
+    for samples with affines of their own.
     """
     # An affine per column has no channels.
     sizes = Sizes(G, K, S, rows, 1, per_sample, None)
@@ -39,10 +40,11 @@ def column_gradients(
     y_strides = Strides(y_a, y_g, y_k, y_s, None)
     index = tl.program_id(0)
     k, s = columns(index, S, BLOCK.K, BLOCK.S)
-    first, last, a = walked(tl.program_id(1), blocks, steps, sizes)
+    a = sample_of(tl.program_id(1), sizes)
     w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
     w = load_weight(w, None, None, None, sizes, NORM, ACC)
     b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+    first, last = walked(tl.program_id(1), a, blocks, steps, sizes)
     sum_dzx = zeros(BLOCK, ACC)
     sum_dz = zeros(BLOCK, ACC)
     for block in range(first, last):

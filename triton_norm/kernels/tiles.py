@@ -83,20 +83,26 @@ def affine_at(row, channel, channels, per_sample):
 
 
 @triton.jit
-def walked(program, blocks, steps, sizes):
-    """From which block of rows to which one a program walks, ``steps`` of ``blocks``, and in which sample.
+def sample_of(program, sizes):
+    """In which sample a program walks, where samples have parameters per column of their own.
 
-    Where samples have parameters per column of their own, ``blocks`` are those of one sample, and of so many programs
-    as there are samples each is in another: what programs sum then lies as (shares, samples, columns).
+    Of so many programs as there are samples each is in another: what they sum then lies as (shares, samples, columns).
     """
     if sizes.per_sample is None:
-        first = program * steps
-        return first, tl.minimum(first + steps, blocks), 0
+        return 0
     else:
-        samples = sizes.rows // sizes.G
-        a = program % samples
-        first = (program // samples) * steps
-        return a * blocks + first, a * blocks + tl.minimum(first + steps, blocks), a
+        return program % (sizes.rows // sizes.G)
+
+
+@triton.jit
+def walked(program, a, blocks, steps, sizes):
+    """From which block of rows to which one a program walks: ``steps`` of ``blocks``, which are all, or a sample's."""
+    if sizes.per_sample is None:
+        first = program * steps
+        return first, tl.minimum(first + steps, blocks)
+    else:
+        first = program // (sizes.rows // sizes.G) * steps
+        return a * blocks + first, a * blocks + tl.minimum(first + steps, blocks)
 
 
 @triton.jit
