@@ -57,7 +57,7 @@ def _worse(rows: list[dict]) -> list[str]:
 def _allowed_spill(row: dict) -> int:
     """None, but for the longest rows whose parameters' gradients are summed: reading those twice would cost more."""
     longest = row["affine"] == "column" and row["width"] > 4096 and row["kernel"] == "persistent_backward"
-    return 64 if longest else 0
+    return 64 if longest and not row["added"] else 0
 
 
 def _full_width(row: dict) -> bool:

@@ -6,7 +6,7 @@ tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and devia
 
 from . import tl, triton
 from .structs import Running, Sizes, Strides
-from .tiles import load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
+from .tiles import load_sum, load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
 
 
 @triton.jit
@@ -140,10 +140,10 @@ def store_statistics(
 
 @triton.jit
 def moments_of_tiles(
-    x, first, last, anchor, rows, sizes, strides,
+    x, addend, total, first, last, anchor, rows, sizes, strides, y_strides,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Count, mean and second moment of some tiles' rows, tile by tile."""
+    """Count, mean and second moment of some tiles' rows, tile by tile; of sums with an addend."""
     R: tl.constexpr = BLOCK.R
     n = tl.full((), 0, ACC)
     mean = tl.zeros((R,), ACC)
@@ -151,7 +151,11 @@ def moments_of_tiles(
     for index in range(first, last):
         tile = tile_of(rows, index, sizes, BLOCK, LAYOUT)
         n_tile = tl.sum(((tile.k < sizes.K) & (tile.s < sizes.S)).to(ACC), 0)
-        values = load_tile(x, offsets(rows, tile, strides, LAYOUT), tile, ACC)
+        at = offsets(rows, tile, strides, LAYOUT)
+        if addend is None:
+            values = load_tile(x, at, tile, ACC)
+        else:
+            values = load_sum(x, addend, total, at, offsets(rows, tile, y_strides, LAYOUT), tile, ACC)
         mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
@@ -192,9 +196,9 @@ def moments_of_columns(
 
 @triton.jit
 def partial_statistics(
-    x, partials,
+    x, partials, addend, total,
     G, K, S, rows, tiles, steps,
-    x_a, x_g, x_k, x_s,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
@@ -202,6 +206,8 @@ def partial_statistics(
     Means are distances from an anchor, each row's first element, which goes to the (rows,) behind: a mean of 1e4 has
     only three digits behind the point in float32, and the differences of such means, times their counts, would enter
     the variance.
+
+    With an ``addend``, which lies like y, they are those of x + addend, which is written to ``total``.
     """
     R: tl.constexpr = BLOCK.R
     # Statistics depend on no channel.
@@ -211,13 +217,19 @@ def partial_statistics(
     first = tl.program_id(1) * steps
     if NORM.CENTERED:
         anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
+        if addend is not None:
+            beside = row_offsets(block, Strides(y_a, y_g, y_k, y_s, None), LAYOUT)
+            anchor += tl.load(addend + beside, mask=block.live[:, None], other=0.0).to(ACC)
     else:
         anchor = tl.zeros((R, 1), ACC)
     last = tl.minimum(first + steps, tiles)
     if BY_COLUMN:
         n, mean, m2 = moments_of_columns(x, first, last, anchor, block, sizes, strides, BLOCK, NORM, ACC, LAYOUT)
     else:
-        n, mean, m2 = moments_of_tiles(x, first, last, anchor, block, sizes, strides, BLOCK, NORM, ACC, LAYOUT)
+        n, mean, m2 = moments_of_tiles(
+            x, addend, total, first, last, anchor, block, sizes, strides, Strides(y_a, y_g, y_k, y_s, None),
+            BLOCK, NORM, ACC, LAYOUT,
+        )  # fmt: skip
     at = tl.program_id(1).to(tl.int64) * rows + block.index
     plane = tl.num_programs(1).to(tl.int64) * rows
     tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=block.live)

@@ -9,10 +9,14 @@ from .tiles import (
     load_columns,
     load_statistics,
     load_tile,
+    load_weight,
+    of_sample,
     offsets,
     row_block,
+    sample_of,
     store_columns,
     tile_of,
+    walked,
     zeros,
 )
 
@@ -20,27 +24,30 @@ from .tiles import (
 @triton.jit
 def column_gradients(
     x, dy, dweight, dbias, residual, bits, statistics, weight, bias,
-    G, K, S, rows, blocks, steps,
+    G, K, S, rows, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
 
-    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows.
+    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows. See ``sample_of``
+    for samples with affines of their own.
     """
     # An affine per column has no channels.
-    sizes = Sizes(G, K, S, rows, 1, None, None)
+    sizes = Sizes(G, K, S, rows, 1, per_sample, None)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, None)
     index = tl.program_id(0)
     k, s = columns(index, S, BLOCK.K, BLOCK.S)
-    w = load_columns(weight, k, s, sizes, 1.0, ACC)
-    b = load_columns(bias, k, s, sizes, 0.0, ACC)
-    first = tl.program_id(1) * steps
+    a = sample_of(tl.program_id(1), sizes)
+    w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+    w = load_weight(w, None, None, None, sizes, NORM, ACC)
+    b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+    first, last = walked(tl.program_id(1), a, blocks, steps, sizes)
     sum_dzx = zeros(BLOCK, ACC)
     sum_dz = zeros(BLOCK, ACC)
-    for block in range(first, tl.minimum(first + steps, blocks)):
+    for block in range(first, last):
         of = row_block(block, sizes, BLOCK, NORM, LAYOUT)
         tile = tile_of(of, index, sizes, BLOCK, LAYOUT)
         at = offsets(of, tile, y_strides, LAYOUT)

@@ -62,8 +62,10 @@ class Activated(nn.Module):
         spec = Spec(
             *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
             said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
-            named(said("dtype")),
+            named(said("dtype")), said("return_sum", False),
         )  # fmt: skip
+        if "pre_residual" in fused:
+            running = (*running, fused["pre_residual"])
         return self._run(spec, input, said("weight", weight), said("bias", bias), residual, slope, *running)
 
     #: What a call comes to. A norm that does something else with it overrides this.

@@ -35,6 +35,11 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
 
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """The whole call: ``normalize``, and the padding; computed in float32 where the result's dtype is not x's."""
+    x, *rest, pre_residual = operands
+    if pre_residual is not None:
+        total = (x + pre_residual).to(x.dtype)
+        y = call(spec.but(return_sum=False), total, *rest, None)
+        return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
     dtype, spec = spec.result(operands[0]), spec.but(dtype=None)
@@ -44,12 +49,12 @@ def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
 
 def _widened(x: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
     """The operands in float32, float64 ones apart: of running statistics, which are updated, nobody has another."""
-    *first, mean, var, count = (x, *rest)
+    *first, mean, var, count, _ = (x, *rest)
     # torch wants x to be like running statistics in half precision.
     if mean is None or mean.dtype not in (torch.float16, torch.bfloat16):
         wide = torch.promote_types(x.dtype, torch.float32)
         first = [None if t is None else t.to(wide) for t in first]
-    return [*first, mean, var, count]
+    return [*first, mean, var, count, None]
 
 
 def padded(spec: Spec, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -78,7 +83,8 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         weight = 1 + weight
     # torch 2.13's group norm with a bias alone has no gradient on the CPU.
     composed = correction or (kind == "group" and weight is None and bias is not None)
-    if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
+    dims = len(spec.argument) if kind in ROWS else 1
+    if not composed and all(p is None or p.dim() <= dims for p in (weight, bias)):
         y = norm(spec, Operands(x, weight, o.bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
     scale = 1.0

@@ -53,6 +53,10 @@ class Work:
     extra: str
     device: Device
     affine: str = "row"
+    #: Further tensors: forward what is added to x and, where that is kept, the sum; backward the sum's gradient.
+    beside: int = 0
+    #: How many affines per column there are; 1 where all rows share one.
+    samples: int = 1
 
     def heuristic(self) -> Plan:
         return planning.choose(
@@ -62,10 +66,12 @@ class Work:
     @property
     def streams(self) -> float:
         """Tensors that must be read or written at least once, in units of the input."""
-        least = 3.0 if self.backward else 2.0
+        least = (3.0 if self.backward else 2.0) + self.beside
         if self.affine == "element":
             # Weight and bias; backward the weight, and the gradients of both.
             least += 3.0 if self.backward else 2.0
+        elif self.samples > 1:
+            least += (3.0 if self.backward else 2.0) * self.samples / self.geometry.rows
         if self.extra == "none":
             return least
         bits = 1 / (8 * self.itemsize)
@@ -153,7 +159,7 @@ def cost(work: Work, plan: Plan) -> float:
     launches, again = 1, 0.0
     row_blocks = plan.row_blocks(g)
     if plan.regime == "persistent":
-        row_blocks = cdiv(row_blocks, plan.steps)
+        row_blocks = work.samples * cdiv(row_blocks // work.samples, plan.steps)
     if work._sums_columns and plan.regime == "persistent":
         launches = 2
         # Two float32 numbers per column and program, written and read.
