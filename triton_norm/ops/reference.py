@@ -70,6 +70,8 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         if momentum is None:
             momentum = 1.0 / float(o.count)
     activation = on_torch(spec, o.slope, x)
+    # In other strides torch's sums on the CPU lose digits: at mean 1e4 its group norm in channels_last keeps none.
+    dense = x.contiguous() if kind in ("instance", "group") else x
     if kind == "instance" and x.shape[0] == 1:
         # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
         # output comes in channels_last.
@@ -79,7 +81,7 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
     # torch 2.13's group norm with a bias alone has no gradient on the CPU.
     composed = correction or (kind == "group" and weight is None and bias is not None)
     if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
-        y = norm(spec, Operands(x, weight, o.bias, None, None, o.running_mean, o.running_var), eps, momentum)
+        y = norm(spec, Operands(dense, weight, bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
     scale = 1.0
     if correction:
@@ -87,7 +89,7 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         n = _count(spec, x)
         part = (n - correction) / n
         scale, eps = part**0.5, eps * part
-    y = norm(spec, Operands(x, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
+    y = norm(spec, Operands(dense, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
     return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
 
 
