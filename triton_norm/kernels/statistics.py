@@ -37,8 +37,8 @@ def moments(x, live, n, CORRECT: tl.constexpr, ALIKE: tl.constexpr, NORM: tl.con
     m2 = tl.sum(product(centered, centered, ALIKE), 1)
     if CORRECT:
         rest = tl.sum(centered, 1) / n
-        # Of numbers whose squares overflow it stays inf, which makes rstd 0.
-        m2 = tl.where(m2 < float("inf"), m2 - n * rest * rest, m2)
+        # No more than float32's largest number, from inf: of squares that overflow it stays inf, which makes rstd 0.
+        m2 -= tl.minimum(n * rest * rest, 3.4028234663852886e38)
         return mean + rest, tl.where(m2 < 0, 0.0, m2)
     else:
         return mean, m2
