@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..launching.keys import is_for_torch
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import reference
 
@@ -29,7 +30,7 @@ def check(spec: Spec, o: Operands) -> bool:
     fits = _fits(spec, narrow)
     # A cumulative average, which torch's modules, not its functions, know.
     momentum = 0.0 if spec.momentum is None and o.count is not None else spec.momentum
-    if not (
+    if (o.count is not None and is_for_torch()) or not (
         fits
         and (spec.use_stats is True or (spec.use_stats is False and o.running_mean is not None))
         and isinstance(momentum, (float, int))

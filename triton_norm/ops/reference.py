@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Resolved
+from ..launching.keys import is_mapped
 from ..spec import ROWS, Operands, Spec
 
 Activation = Callable[[Tensor], Tensor]
@@ -176,7 +177,10 @@ def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in channels_last where x is: torch's instance norm on the CPU and some of its pads lose it."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+    if channels_last is None or x.is_contiguous() or is_mapped():
+        # vmap knows no memory formats.
+        return y
+    if x.is_contiguous(memory_format=channels_last):
         return y.contiguous(memory_format=channels_last)
     return y
 
