@@ -182,3 +182,19 @@ def test_gradients_alone_are_the_kernels(backend, monkeypatch):
     dx = grad(lambda x: functional.instance_norm(x, activation="relu").square().sum())(x)
     want = grad(lambda x: F.relu(F.instance_norm(x)).square().sum())(x)
     torch.testing.assert_close(dx, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "vmap of a slice", "grad", "gradients per sample"])
+def test_compiled(backend, transform):
+    torch.manual_seed(0)
+    x, w = torch.randn(SHAPE, dtype=torch.float64), torch.rand(CHANNELS, dtype=torch.float64) + 0.5
+    want = TRANSFORMS[transform](lambda x, w: F.relu(F.instance_norm(x, weight=w)), x, w, None)
+    x, w = x.to(backend.device), w.to(backend.device)
+
+    def ours(x, w):
+        return TRANSFORMS[transform](lambda x, w: functional.instance_norm(x, weight=w, activation="relu"), x, w, None)
+
+    torch._dynamo.reset()
+    got = torch.compile(ours, backend="aot_eager", fullgraph=True)(x, w)
+    for a, b in zip(leaves(got), leaves(want), strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-9, rtol=1e-9)

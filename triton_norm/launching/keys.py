@@ -31,7 +31,7 @@ def in_forward_mode() -> bool:
 
 
 def is_mapped() -> bool:
-    """Whether ``torch.func.vmap`` is active."""
+    """Whether ``torch.func.vmap`` is active; where the compiler traces, whether any transform is."""
     return _is_active(_functorch.TransformType.Vmap)
 
 
@@ -41,7 +41,7 @@ def is_for_torch(*tensors: Tensor | None) -> bool:
     The batches of ``is_grads_batched`` are tensors of an older kind, which nothing but themselves tells.
     """
     if is_compiling():
-        return False
+        return functorch_is_active()
     return (
         in_forward_mode() or is_mapped() or _is_active(_functorch.TransformType.Jvp)
         or any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
@@ -49,9 +49,10 @@ def is_for_torch(*tensors: Tensor | None) -> bool:
 
 
 def _is_active(kind: object) -> bool:
-    if is_compiling() or not functorch_is_active():
+    if not functorch_is_active():
         return False
-    return any(level.key() == kind for level in _functorch.get_interpreter_stack() or ())
+    # The compiler sees no further.
+    return is_compiling() or any(level.key() == kind for level in _functorch.get_interpreter_stack())
 
 
 class Table(dict):

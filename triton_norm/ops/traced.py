@@ -147,7 +147,7 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     if wanted[3] and passes_on(spec):
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
-    if is_for_torch(saved.dy, saved.dplain):
+    if not is_compiling() and is_for_torch(saved.dy, saved.dplain):
         return _spread(_by_formula(spec, o, saved, wanted), wanted)
     # The count goes. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _ = tuple(o)
