@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
 from ..launching.keys import is_for_torch
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import reference
@@ -42,10 +43,14 @@ def check(spec: Spec, o: Operands) -> bool:
 
 
 def check_fused(spec: Spec, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> bool:
-    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the PReLU slope."""
+    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the activation."""
     if residual is not None:
         _check_residual(x, residual, spec.result(x))
     fits = slope is None or _check_slope(x, slope)
+    if spec.parameters:
+        # Of what torch refuses here, such as a maximum below the minimum, the kernels would compute something.
+        ACTIVATIONS[spec.activation].torch(x.new_empty(0), *spec.parameters)
+        fits = fits and not any(map(math.isnan, spec.parameters))
     check_padding_mode(spec.padding_mode)
     if spec.padding != 0:
         _check_padding(x, spec.padding, spec.padding_mode)
