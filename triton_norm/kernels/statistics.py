@@ -37,7 +37,8 @@ def moments(x, live, n, CORRECT: tl.constexpr, ALIKE: tl.constexpr, NORM: tl.con
     m2 = tl.sum(product(centered, centered, ALIKE), 1)
     if CORRECT:
         rest = tl.sum(centered, 1) / n
-        m2 -= n * rest * rest
+        # No more than float32's largest number, from inf: of squares that overflow it stays inf, which makes rstd 0.
+        m2 -= tl.minimum(n * rest * rest, 3.4028234663852886e38)
         return mean + rest, tl.where(m2 < 0, 0.0, m2)
     else:
         return mean, m2
@@ -82,7 +83,7 @@ def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, ALIKE: tl.con
         share = n_block / tl.where(live, n + n_block, 1.0)
         delta = mean_block - mean
         mean += delta * share
-        m2 += tl.sum(m2_j + n_j * distance * distance, 1) + delta * delta * n * share
+        m2 += tl.sum(m2_j + n_j * distance * distance, 1) + delta * n * share * delta
         n += n_block
     return anchor + mean, m2
 
@@ -98,9 +99,9 @@ def running_share(running, ACC: tl.constexpr):
 
 @triton.jit
 def move_average(pointer, value, share, at, live):
-    """average = (1 - share) * average + share * value."""
+    """average = (1 - share) * average + share * value, which is inf where either is."""
     old = tl.load(pointer + at, mask=live, other=0.0).to(value.dtype)
-    tl.store(pointer + at, old + share * (value - old), mask=live)
+    tl.store(pointer + at, (1.0 - share) * old + share * value, mask=live)
 
 
 @triton.jit
@@ -160,7 +161,7 @@ def moments_of_tiles(
         share = n_tile / (n + n_tile)
         delta = mean_tile - mean
         mean += delta * share
-        m2 += m2_tile + delta * delta * n * share
+        m2 += m2_tile + delta * n * share * delta
         n += n_tile
     return n, mean, m2
 

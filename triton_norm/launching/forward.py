@@ -105,7 +105,8 @@ class Forward:
         if self._averages:
             means = r[1].view(3, o.x.shape[0], o.x.shape[1]).mean(1)
             for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
-                running.lerp_(mean.to(running.dtype), self.spec.momentum)
+                # Not lerp_, by which inf would become NaN.
+                running.mul_(1 - self.spec.momentum).add_(mean.to(running.dtype), alpha=self.spec.momentum)
 
 
 def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]:

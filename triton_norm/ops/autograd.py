@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx
 from ..launching import bound
 from ..launching.backward import Backward, Saved
 from ..launching.forward import Forward
-from ..launching.keys import HIP, dispatch_modes, functorch_is_active, layouts
+from ..launching.keys import HIP, dispatch_modes, functorch_is_active, in_forward_mode, layouts
 from ..spec import Operands, Spec
 from . import traced
 from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
@@ -74,7 +74,11 @@ class Kernels:
         # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
         dy, dsecond, _, _ = saved
         x, weight, bias, residual, slope, mean, _ = o
-        places = dy.data_ptr() | x.data_ptr()
+        try:
+            places = dy.data_ptr() | x.data_ptr()
+        except RuntimeError:
+            # A batch of gradients, which is no tensor with memory.
+            return traced.backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
         if weight is not None:
             places |= weight.data_ptr()
             weight = weight.stride()
@@ -140,7 +144,10 @@ class _Normalize(torch.autograd.Function):
         if call.addend is not None:
             addends, wanted = (wanted[0], wanted[INPUTS]), (wanted[0] or wanted[INPUTS], *wanted[1:INPUTS])
         # Whoever traces this has a dy of another type, or looks at operators.
-        if type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes():
+        if (
+            type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes()
+            or in_forward_mode()
+        ):  # fmt: skip
             g = traced.backward(call.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
         else:
             g = call.backward(o, saved, wanted)

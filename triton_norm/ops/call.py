@@ -10,7 +10,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, any_autocast, is_ordinary, nowhere, placement
+from ..launching.keys import HIP, Table, any_autocast, is_for_torch, is_ordinary, nowhere, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
@@ -112,7 +112,7 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
-    if not (fits and o.x.numel() and backend.of(o.x) == "triton"):
+    if not (fits and o.x.numel() and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
         return lambda *operands: reference.call(spec, *operands)
     return _by_kernels(spec, o, is_traced)
 

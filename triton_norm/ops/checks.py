@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
+from ..launching.keys import is_for_torch
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import reference
 
@@ -30,7 +32,7 @@ def check(spec: Spec, o: Operands) -> bool:
     fits = _fits(spec, narrow)
     # A cumulative average, which torch's modules, not its functions, know.
     momentum = 0.0 if spec.momentum is None and o.count is not None else spec.momentum
-    if not (
+    if (o.count is not None and is_for_torch()) or not (
         fits
         and (spec.use_stats is True or (spec.use_stats is False and o.running_mean is not None))
         and isinstance(momentum, (float, int))
@@ -44,10 +46,14 @@ def check(spec: Spec, o: Operands) -> bool:
 
 
 def check_fused(spec: Spec, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> bool:
-    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the PReLU slope."""
+    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the activation."""
     if residual is not None:
         _check_residual(x, residual, spec.result(x))
     fits = slope is None or _check_slope(x, slope)
+    if spec.parameters:
+        # Of what torch refuses here, such as a maximum below the minimum, the kernels would compute something.
+        ACTIVATIONS[spec.activation].torch(x.new_empty(0), *spec.parameters)
+        fits = fits and not any(map(math.isnan, spec.parameters))
     check_padding_mode(spec.padding_mode)
     if spec.padding != 0:
         _check_padding(x, spec.padding, spec.padding_mode)

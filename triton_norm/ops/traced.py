@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx
 
 from ..activations import ACTIVATIONS
 from ..launching.backward import Saved
-from ..launching.keys import functorch_is_active, is_compiling
+from ..launching.keys import functorch_is_active, is_compiling, is_for_torch
 from ..launching.operands import per_element, unpack_bits
 from ..spec import Operands, Spec
 from . import library, reference
@@ -177,10 +177,45 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     if wanted[3] and passes_on(spec):
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
+    if not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
+        return _spread(_by_formula(spec, o, saved, wanted), wanted)
     # The count and what was added go. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _, _ = tuple(o)
     found = _NormalizeBackward.apply(saved.dy, saved.dsecond, *operands, saved.statistics, saved.bits, spec, wanted)
     return _spread(found, wanted)
+
+
+def _rebuilt(spec: Spec, inputs: Sequence[Tensor | None], o: Operands, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The results of the forward pass by the formula of these x, weight, bias, residual and slope.
+
+    The second is the one without padding, or the sum that is normalized.
+    """
+    activation = None
+    if bits is not None:
+        # The activation is linear on either side of its corner, and the bits tell the side.
+        on, off = ACTIVATIONS[spec.activation].levels(*spec.parameters)
+        side = torch.where(unpack_bits(spec, bits, o), on, off)
+
+        def activation(z: Tensor) -> Tensor:
+            return z * side.to(z.dtype)
+
+    plain = reference.formula(spec, Operands(*inputs, o.running_mean, o.running_var), activation)
+    y = reference.pad(plain, spec.padding, spec.padding_mode) if spec.padding != 0 else plain
+    return y, inputs[0] if spec.return_sum else plain
+
+
+def _by_formula(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[Tensor]:
+    """The wanted gradients by PyTorch's own operators, for transforms that know no others."""
+    inputs = [o.x, o.weight, o.bias, torch.zeros_like(o.x) if o.residual is None else o.residual, o.slope]
+    upstream = [d for d in (saved.dy, saved.dsecond) if d is not None]
+
+    def results(*varied: Tensor) -> tuple[Tensor, ...]:
+        given = [new if want else old for new, old, want in zip(_spread(varied, wanted), inputs, wanted, strict=True)]
+        ends = zip(_rebuilt(spec, given, o, saved.bits), (saved.dy, saved.dsecond), strict=True)
+        return tuple(end for end, d in ends if d is not None)
+
+    _, back = torch.func.vjp(results, *[t for t, want in zip(inputs, wanted, strict=True) if want])
+    return back(tuple(upstream))
 
 
 class _NormalizeBackward(_Function):
@@ -205,24 +240,12 @@ class _NormalizeBackward(_Function):
         dy, dsecond, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            activation = None
-            if ctx.bits is not None:
-                # The activation is linear on either side of its corner, and the bits tell the side.
-                on, off = ACTIVATIONS[spec.activation].levels(*spec.parameters)
-                above = unpack_bits(spec, ctx.bits, Operands(x, weight, bias))
-                side = torch.where(above, on, off)
+            if residual is None and ctx.wanted[3]:
+                # It was there, but nothing depends on what it was.
                 residual = torch.zeros_like(x)
-
-                def activation(z: Tensor) -> Tensor:
-                    return z * side.to(z.dtype)
-
             dy, dsecond, *inputs = [_fresh(t) for t in (dy, dsecond, x, weight, bias, residual, slope)]
-            y = second = reference.formula(spec, Operands(*inputs, mean, variance), activation)
-            if spec.padding != 0:
-                y = reference.pad(y, spec.padding, spec.padding_mode)
-            if spec.return_sum:
-                second = inputs[0]
-            ends = [(end, d) for end, d in ((y, dy), (second, dsecond)) if d is not None]
+            results = _rebuilt(spec, inputs, Operands(x, weight, bias, None, None, mean, variance), ctx.bits)
+            ends = [(end, d) for end, d in zip(results, (dy, dsecond), strict=True) if d is not None]
             firsts = torch.autograd.grad(
                 [end for end, _ in ends],
                 [t for t, want in zip(inputs, ctx.wanted, strict=True) if want],
