@@ -190,7 +190,7 @@ def moments_of_columns(
         mean += delta * (1.0 / tl.where(n == 0, 1.0, n))
         m2 += delta * (values - anchor - mean)
     total = tl.sum(n, 1)
-    center = tl.sum(mean * n, 1) / total
+    center = tl.sum(mean * n, 1) / tl.where(total == 0, 1.0, total)
     distance = tl.where(n > 0, mean - center[:, None], 0.0)
     return tl.sum(total, 0), center, tl.sum(m2 + n * distance * distance, 1)
 
