@@ -66,12 +66,11 @@ def through_bits(d, bits, rows, tile, sizes, activation, BLOCK: tl.constexpr):
 
 @triton.jit
 def through_activation(
-    d, values, mean, rstd, w, operands, rows, tile, at, sizes, activation, NORM: tl.constexpr, ACC: tl.constexpr
+    d, values, mean, rstd, w, b, operands, rows, tile, at, activation, ACC: tl.constexpr
 ):  # fmt: skip
-    """dz, and the integrand of the slope's gradient."""
+    """dz, and the integrand of the slope's gradient. Weight and bias, w and b, are what was loaded of them."""
     # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
-    z = (values - mean) * (rstd * w)
-    z += load_affine(operands.bias, at, rows, tile, sizes, 0.0, NORM, ACC)
+    z = (values - mean) * (rstd * w) + b
     if operands.residual is not None:
         z += load_tile(operands.residual, at, tile, ACC)
     if operands.slope is not None:
@@ -136,7 +135,8 @@ def differentiate_rows(
     w = load_weight(operands.weight, at, rows, tile, sizes, NORM, ACC)
     ds = dz
     if bits is None:
-        dz, ds = through_activation(dz, values, mean, rstd, w, operands, rows, tile, at, sizes, activation, NORM, ACC)
+        b = load_affine(operands.bias, at, rows, tile, sizes, 0.0, NORM, ACC)
+        dz, ds = through_activation(dz, values, mean, rstd, w, b, operands, rows, tile, at, activation, ACC)
         if gradients.dresidual is not None:
             store_tile(gradients.dresidual, at, tile, dz)
     normalized = tl.where(tile.mask, (values - mean) * rstd, 0.0)
@@ -289,7 +289,11 @@ def gradient(
         block = tl.num_programs(0) - 1 - block
     of = row_block(block, sizes, BLOCK, NORM, LAYOUT)
     if NORM.AFFINE == ROW:
+        # Ahead of the loop, in each turn of which they would have to be waited for.
         weight_of_row = load_weight(weight, None, of, None, sizes, NORM, ACC)
+        bias_of_row = 0.0
+        if bits is None:
+            bias_of_row = load_affine(bias, None, of, None, sizes, 0.0, NORM, ACC)
     if mean is not None:
         center = load_rows(mean, of.channel, of.live, 0.0, ACC)
         rstd = tl.rsqrt(load_rows(variance, of.channel, of.live, 1.0, ACC) + eps)
@@ -341,15 +345,18 @@ def gradient(
             b = load_columns(of_sample(bias, of.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
         if NORM.AFFINE == ROW:
             w = weight_of_row
+            b = bias_of_row
         else:
             w = load_weight(w, at, of, tile, sizes, NORM, ACC)
+            if bits is None:
+                b = load_affine(b, at, of, tile, sizes, 0.0, NORM, ACC)
         ds = dz
         if bits is not None:
             dz = through_bits(dz, bits, of, tile, sizes, Activation(None, DERIVATIVE, P0, P1, ON, OFF), BLOCK)
         else:
             dz, ds = through_activation(
-                dz, values, center, rstd, w, Operands(x, residual, w, b, slope), of, tile, at, sizes,
-                Activation(None, DERIVATIVE, P0, P1, ON, OFF), NORM, ACC,
+                dz, values, center, rstd, w, b, Operands(x, residual, None, None, slope), of, tile, at,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF), ACC,
             )  # fmt: skip
         normalized = tl.where(tile.mask, (values - center) * rstd, 0.0)
         if NORM.AFFINE == ELEMENT:

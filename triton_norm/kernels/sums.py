@@ -58,8 +58,8 @@ def column_gradients(
             dz = through_bits(dz, bits, of, tile, sizes, Activation(None, DERIVATIVE, P0, P1, ON, OFF), BLOCK)
         else:
             dz, _ = through_activation(
-                dz, values, mean, rstd, w, Operands(x, residual, w, b, None), of, tile, at, sizes,
-                Activation(None, DERIVATIVE, P0, P1, ON, OFF), NORM, ACC,
+                dz, values, mean, rstd, w, b, Operands(x, residual, None, None, None), of, tile, at,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF), ACC,
             )  # fmt: skip
         if dweight is not None:
             sum_dzx += tl.where(tile.mask, dz * ((values - mean) * rstd), 0.0)
