@@ -109,6 +109,13 @@ def test_cost_model_knows_bytes_launches_sectors_and_idle_multiprocessors():
     few = Plan("split", 1, 1, 4096, 1, 16, 4)
     many = Plan("split", 1, 1, 4096, 16, 1, 4)
     assert cost(work(shape=(1, 8, 256, 256)), few) > 3 * cost(work(shape=(1, 8, 256, 256)), many)
+    # 397 programs take as long as 792 where 396 run at a time, and rows over many warps are long to sum.
+    whole, more = (work("batch", (32, n, 64, 32)) for n in (396, 397))
+    plan = Plan("split", 1, 2, 2048, 1, 16, 16)
+    assert cost(more, plan) > 1.4 * cost(whole, plan)
+    few, many = (Plan("persistent", 64, 1, 256, 1, 1, warps) for warps in (4, 16))
+    positions = work("channels", (32, 192, 28, 28), affine="column", width=192)
+    assert cost(positions, many) > 2 * cost(positions, few)
     assert not candidates._registers_suffice(work(backward=True), Plan("persistent", 4, 1, 4096, 1, 1, 2))
 
 

@@ -1,7 +1,8 @@
 """Which plans are worth measuring for a geometry, best first by a cost model. Pure Python: nothing is measured here.
 
-The model knows bytes, launches, registers and idle multiprocessors, in round numbers from data sheets. It only has to
-rank: what it puts among the first is measured, what it puts last is not compiled.
+The model knows bytes, launches, registers, idle multiprocessors, rounds of programs and what warps tell each other, in
+round numbers from data sheets and from compiled code (``bench/machine.py`` has the same, in more detail). It only has
+to rank: what it puts among the first is measured, what it puts last is not compiled.
 """
 
 import math
@@ -33,6 +34,9 @@ IN_FLIGHT = 16384
 FROM_L2 = 0.25
 #: A program with a multiprocessor to itself loads, then computes, then stores: nothing overlaps.
 ALONE = 1.3
+#: Bytes that memory moves for a multiprocessor while that issues one instruction of its load, store and shuffle lanes,
+#: and how many of these a warp issues to add its part to a sum that others have parts of.
+SHUFFLE_BYTES, SHUFFLES = 13.0, 16
 #: A plan that is to take so many times as long as the best by this model is not measured.
 HOPELESS = 2.0
 THREADS = 2048
@@ -182,7 +186,19 @@ def cost(work: Work, plan: Plan) -> float:
     share = min(under_way * useful / (work.device.multiprocessors * IN_FLIGHT), 1.0)
     busy = min(programs / work.device.multiprocessors, 1.0)
     alone = ALONE if resident == 1 and plan.regime == "persistent" else 1.0
-    return launches * LAUNCH_BYTES + moved * alone / max(min(share, busy), 1e-3)
+    # A last round of few programs takes as long as any.
+    rounds = programs / (resident * work.device.multiprocessors)
+    partial = math.ceil(rounds) / rounds if rounds > 1 else 1.0
+    busiest = max(moved * alone * partial / max(min(share, busy), 1e-3), _shuffles(work, plan))
+    return launches * LAUNCH_BYTES + busiest
+
+
+def _shuffles(work: Work, plan: Plan) -> float:
+    """What sums take of rows that are neighbours in memory: each is spread over all warps of its program."""
+    if not work.geometry.transposed:
+        return 0.0
+    sums = 2 * work.geometry.rows * plan.splits
+    return SHUFFLES / 2 * SHUFFLE_BYTES * sums * plan.warps * plan.ctas
 
 
 def _sectors(work: Work, plan: Plan) -> float:
@@ -296,8 +312,9 @@ def _split(work: Work) -> Iterator[Plan]:
             block_k = min(power_of_2(g.K), max(tile // (rows * block_s), 1))
             tiles = cdiv(g.K, block_k) * cdiv(g.S, block_s)
             row_blocks = g.A * cdiv(g.G, rows)
-            for per_multiprocessor in (1, 2, 4, 8):
-                wanted = cdiv(per_multiprocessor * work.device.multiprocessors, row_blocks)
+            # Rounded down: one program more than there are places would take as long as if all had one more.
+            for per_multiprocessor in (1, 2, 3, 4, 8):
+                wanted = max(per_multiprocessor * work.device.multiprocessors // row_blocks, 1)
                 steps = cdiv(tiles, min(wanted, tiles, MAX_SPLITS))
                 for warps in _warps(rows * block_k * block_s, work.device, (8, 16, 32)):
                     yield Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
