@@ -14,8 +14,8 @@ import triton_norm as tn
 from .passes import INFERENCE
 from .shapes import Shape
 
-#: A layer is called with x, with scale and shift where it is adaptive and, where it has one, the residual; what is added
-#: before the norm comes last.
+#: A layer is called with x, with scale and shift where it is adaptive and, where there are such, with the residual and
+#: with what is added before the norm.
 Result = Tensor | tuple[Tensor, Tensor]
 Factory = Callable[..., nn.Module]
 

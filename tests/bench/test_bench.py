@@ -138,7 +138,7 @@ def test_sums_and_scales_of_samples_move_the_minimum(shape, in_interpreter):
     totals = [row for row in traffic.rows(shape, "float16", 2**15) if row["kernel"] == traffic.TOTAL]
     assert [row["launches"] for row in totals] == [1, 2]
     for row in totals:
-        assert row["minimum"] <= row["bytes"] <= 1.15 * row["minimum"]
+        assert row["minimum"] <= row["bytes"] <= 1.25 * row["minimum"]
 
 
 def test_rows_share_weights_whatever_is_cut(in_interpreter):
