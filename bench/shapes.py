@@ -282,7 +282,7 @@ def _llm() -> list[Shape]:
     """Pre-norm decoders: the stream and what a block adds to it, summed, kept and normalized."""
     sizes = ((8192, 2048), (4096, 4096), (64, 4096), (4096, 8192))
     return [
-        Shape(f"llm-{kind}-{features}-n{tokens}", "llm", kind, (tokens, features), pre_residual=True)
+        Shape(f"llm-{kind}-{features}-n{tokens}", "transformer", kind, (tokens, features), pre_residual=True)
         for kind in ROWS
         for tokens, features in sizes
     ]
@@ -294,7 +294,7 @@ def _dit() -> list[Shape]:
         ("xl", "sample", (32, 256, 1152)), ("flux", "sample", (2, 4608, 3072)), ("token", "element", (4, 1024, 1152)),
     )  # fmt: skip
     return [
-        Shape(f"dit-{part}-{shape[2]}-{shape[0]}x{shape[1]}", "dit", "layer", shape, form=form)
+        Shape(f"dit-{part}-{shape[2]}-{shape[0]}x{shape[1]}", "transformer", "layer", shape, form=form)
         for part, form, shape in sizes
     ]
 
@@ -328,19 +328,20 @@ SHORT = (
     "convnext-block-28x28x192-n32",
     "transformer-layer-768-n8192",
     "transformer-rms-4096-n4096",
-    "llm-rms-4096-n4096",
-    "dit-xl-1152-32x256",
-    "dit-token-1152-4x1024",
 )
+#: What bytes are counted of: those, and norms of sums and of modulated tokens.
+COUNTED = (*SHORT, "llm-rms-4096-n4096", "dit-xl-1152-32x256", "dit-token-1152-4x1024")
 #: Of these, what is measured where a run only has to show that it works.
 QUICK = SHORT[:13]
 
 
-def select(groups: list[str] | None = None, words: list[str] | None = None, short: bool = False) -> list[Shape]:
-    """Shapes of these groups whose name contains one of ``words``; with ``short`` only those of the short list."""
+def select(
+    groups: list[str] | None = None, words: list[str] | None = None, short: bool = False, of: tuple[str, ...] = SHORT
+) -> list[Shape]:
+    """Shapes of these groups whose name contains one of ``words``; with ``short`` only those that ``of`` lists."""
     found = [shape for shape in SHAPES if groups is None or shape.group in groups]
     if words is not None:
         found = [shape for shape in found if any(word in shape.name for word in words)]
     if short:
-        found = sorted((shape for shape in found if shape.name in SHORT), key=lambda shape: SHORT.index(shape.name))
+        found = sorted((shape for shape in found if shape.name in of), key=lambda shape: of.index(shape.name))
     return found

@@ -207,7 +207,7 @@ def run(arguments) -> int:
     if not INTERPRETED:
         raise UserError("triton was imported before this script could switch its interpreter on")
     short = not (arguments.all or arguments.groups or arguments.shapes)
-    chosen = shapes.select(arguments.groups, arguments.shapes, short)
+    chosen = shapes.select(arguments.groups, arguments.shapes, short, shapes.COUNTED)
     if not chosen:
         raise UserError("no shape has such a name")
     if arguments.out:
