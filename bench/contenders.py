@@ -69,6 +69,47 @@ def flag_gems(shape: Shape) -> nn.Module:
     return layer
 
 
+def _rows(shape: Shape, call: Callable[..., Tensor | tuple[Tensor, Tensor]]) -> nn.Module:
+    """A layer of rows by ``call(norm, x, *added)``, with the parameters of the layer's own norm."""
+
+    class Layer(Plain):
+        def forward(self, x: Tensor, *added: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            return call(self.norm, x, *added)
+
+    if shape.adaptive or shape.residual or shape.activation is not None:
+        raise Unsuitable("a norm with an affine per column, or of a sum, is all there is")
+    return build(Layer, shape)
+
+
+def quack(shape: Shape) -> nn.Module:
+    import quack
+
+    if shape.kind != "rms":
+        raise Unsuitable("quack has a differentiable RMS norm only")
+    eps = torch.finfo(torch.float32).eps
+
+    def call(norm: nn.Module, x: Tensor, *added: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        more = {"residual": added[0], "prenorm": True} if added else {}
+        return quack.rmsnorm(x, norm.weight, eps=eps, **more)
+
+    return _rows(shape, call)
+
+
+def flash_attn(shape: Shape) -> nn.Module:
+    from flash_attn.ops.triton.layer_norm import layer_norm_fn
+
+    if shape.kind not in ("layer", "rms"):
+        raise Unsuitable("flash_attn has layer norm and RMS norm")
+    is_rms = shape.kind == "rms"
+    eps = torch.finfo(torch.float32).eps if is_rms else 1e-5
+
+    def call(norm: nn.Module, x: Tensor, *added: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        more = {"residual": added[0], "prenorm": True} if added else {}
+        return layer_norm_fn(x, norm.weight, None if is_rms else norm.bias, eps=eps, is_rms_norm=is_rms, **more)
+
+    return _rows(shape, call)
+
+
 def liger_kernel(shape: Shape) -> nn.Module:
     from liger_kernel.transformers.group_norm import LigerGroupNorm
     from liger_kernel.transformers.layer_norm import LigerLayerNorm
@@ -77,6 +118,16 @@ def liger_kernel(shape: Shape) -> nn.Module:
     if shape.kind not in ("instance", "group", "layer", "rms") or not shape.affine or shape.adaptive:
         raise Unsuitable("liger_kernel has affine group norm, hence instance norm, layer norm and RMS norm")
     channels = shape.channels
+    if shape.pre_residual:
+        if shape.kind != "rms":
+            raise Unsuitable("liger_kernel has RMS norm alone of a sum")
+        from liger_kernel.transformers.fused_add_rms_norm import LigerFusedAddRMSNorm
+
+        layer = _rows(shape, lambda norm, x, added: norm(x, added))
+        norm = LigerFusedAddRMSNorm(channels, eps=torch.finfo(torch.float32).eps)
+        norm.load_state_dict(layer.norm.state_dict())
+        layer.norm = norm
+        return layer
     layer = build(Plain, shape)
     if shape.kind == "layer":
         norm = LigerLayerNorm(channels, eps=1e-5, bias=True)
@@ -106,7 +157,8 @@ def apex(shape: Shape) -> nn.Module:
 
 
 PEERS: dict[str, Callable[[Shape], nn.Module]] = {
-    "attorch": attorch, "flag_gems": flag_gems, "liger_kernel": liger_kernel, "apex": apex,
+    "attorch": attorch, "flag_gems": flag_gems, "liger_kernel": liger_kernel, "apex": apex, "quack": quack,
+    "flash_attn": flash_attn,
 }  # fmt: skip
 
 

@@ -14,7 +14,8 @@ import triton_norm as tn
 from .passes import INFERENCE
 from .shapes import Shape
 
-#: A layer is called with x, with scale and shift where it is adaptive and, where it has one, the residual.
+#: A layer is called with x, with scale and shift where it is adaptive and, where there are such, with the residual and
+#: with what is added before the norm.
 Result = Tensor | tuple[Tensor, Tensor]
 Factory = Callable[..., nn.Module]
 
@@ -53,17 +54,21 @@ def _norm(
 
 
 class _Layer(nn.Module):
-    def __init__(self, kind: str, form: str, unpadded: bool) -> None:
+    def __init__(self, kind: str, form: str, unpadded: bool, pre_residual: bool) -> None:
         super().__init__()
         self.adaptive = form != "channel"
-        #: Batch norms are multiplied with 1 + scale, as SPADE and BigGAN are published; AdaIN is not.
-        self.unit_offset = self.adaptive and kind == "batch"
+        #: Multiplied with 1 + scale, as SPADE, BigGAN and DiT are published; AdaIN is not.
+        self.unit_offset = self.adaptive and kind in ("batch", "layer")
         self.unpadded = unpadded
+        self.pre_residual = pre_residual
 
-    def _split(self, rest: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None]:
-        """Scale and shift, if any, and the residual, if there is one."""
+    def _split(self, rest: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+        """Scale and shift, if any, the residual and what is added before the norm, if there are such."""
+        added = rest[-1] if self.pre_residual else None
+        if self.pre_residual:
+            rest = rest[:-1]
         count = 2 if self.adaptive else 0
-        return rest[:count], rest[count] if len(rest) > count else None
+        return rest[:count], rest[count] if len(rest) > count else None, added
 
 
 class Plain(_Layer):
@@ -72,9 +77,9 @@ class Plain(_Layer):
     def __init__(
         self, kind: str, channels: int, dims: int = 2, *, activation: str | None = None, slope: float | None = None,
         padding: int = 0, unpadded: bool = False, affine: bool = True, form: str = "channel", groups: int = 32,
-        inplace: bool = True,
+        pre_residual: bool = False, inplace: bool = True,
     ) -> None:  # fmt: skip
-        super().__init__(kind, form, unpadded)
+        super().__init__(kind, form, unpadded, pre_residual)
         self.norm = _norm(nn, kind, channels, dims, affine, groups, form)
         self.activation = _activation(activation, slope, inplace)
         self.inplace = inplace
@@ -85,12 +90,13 @@ class Plain(_Layer):
 
     def call(self, x: Tensor, *rest: Tensor) -> Callable[[], Result]:
         """The same without this module around it."""
-        affine, residual = self._split(rest)
+        affine, residual, added = self._split(rest)
         norm, activation, sides, inplace = self.norm, self.activation, self.sides, self.inplace
         unit_offset, unpadded = self.unit_offset, self.unpadded
 
         def call() -> Result:
-            y = norm(x)
+            total = x if added is None else x + added
+            y = norm(total)
             if affine:
                 scale, shift = (p.reshape(p.shape + (1,) * (x.dim() - p.dim())) for p in affine)
                 y = y * (1 + scale if unit_offset else scale) + shift
@@ -98,6 +104,8 @@ class Plain(_Layer):
                 y = y.add_(residual) if inplace else y + residual
             if activation is not None:
                 y = activation(y)
+            if added is not None:
+                return y, total
             if sides is None:
                 return y
             padded = F.pad(y, sides, "reflect")
@@ -112,8 +120,9 @@ class Fused(_Layer):
     def __init__(
         self, kind: str, channels: int, dims: int = 2, *, activation: str | None = None, slope: float | None = None,
         padding: int = 0, unpadded: bool = False, affine: bool = True, form: str = "channel", groups: int = 32,
+        pre_residual: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(kind, form, unpadded)
+        super().__init__(kind, form, unpadded, pre_residual)
         fused = {"activation": _activation(activation, slope, False)} | ({"padding": padding} if padding else {})
         self.norm = _norm(tn, kind, channels, dims, affine, groups, form, **fused)
 
@@ -122,13 +131,15 @@ class Fused(_Layer):
 
     def call(self, x: Tensor, *rest: Tensor) -> Callable[[], Result]:
         """The same without this module around it."""
-        affine, residual = self._split(rest)
+        affine, residual, added = self._split(rest)
         # As the adaptive modules call their norm.
         more = dict(zip(("weight", "bias"), affine, strict=False))
         if self.unit_offset:
             more["unit_offset"] = True
         if self.unpadded:
             more["return_unpadded"] = True
+        if added is not None:
+            more |= {"pre_residual": added, "return_sum": True}
         return partial(self.norm, x, **more) if residual is None else partial(self.norm, x, residual, **more)
 
 
@@ -136,8 +147,8 @@ def build(factory: Factory, shape: Shape, **rest) -> nn.Module:
     """The layer that a shape describes, in training mode."""
     return factory(
         shape.kind, shape.channels, shape.dims, activation=shape.activation, slope=shape.slope,
-        padding=shape.padding, unpadded=shape.unpadded, affine=shape.affine, form=shape.form, groups=shape.groups,
-        **rest,
+        padding=shape.padding, unpadded=shape.unpadded, pre_residual=shape.pre_residual, affine=shape.affine,
+        form=shape.form, groups=shape.groups, **rest,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ hands a batch norm to cuDNN, that may move less):
 | reflection pad            | y, padded                     | zero-fill of dy; padded, and for   |
 |                           |                               | each an atomic add (read, write)   |
 | unpadded result wanted    | none                          | the two gradients, their sum       |
+| added before the norm     | x, that, their sum            | the two gradients, their sum       |
 
 In inference a norm does not read x for statistics.
 """
@@ -52,6 +53,9 @@ def minimum(shape: Shape) -> dict[str, float]:
         forward += 2
         # The scale, and the gradients of both.
         backward += 1 + 2
+    if shape.pre_residual:
+        # The addend and the sum; the sum's gradient.
+        forward, backward = forward + 2, backward + 1
     return _passes(forward, forward, backward)
 
 
@@ -60,7 +64,7 @@ def eager(shape: Shape) -> dict[str, float]:
     padded = shape.padded_elements / shape.elements
     forward = 3.0 + 3 * shape.residual + 2 * (shape.activation is not None)
     backward = 5.0 + 3 * (shape.activation is not None)
-    if shape.kind in ("layer", "rms", "channels"):
+    if shape.kind in ("layer", "rms", "channels") and not shape.adaptive:
         backward += 2
     if shape.kind == "channels" and shape.layout == "contiguous":
         forward += 2
@@ -72,4 +76,7 @@ def eager(shape: Shape) -> dict[str, float]:
     if shape.padding:
         forward += 1 + padded
         backward += 1 + 3 * padded + 3 * shape.unpadded
+    if shape.pre_residual:
+        forward += 3
+        backward += 3
     return _passes(forward - 1, forward, backward)

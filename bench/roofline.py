@@ -88,7 +88,8 @@ KNOWN = (
     Known("resnet50-block-2048x7x7-* inference normalize: in flight", 7.2, "numbers are loaded and used one by one"),
     Known("resnet50-block-2048x7x7-* gradient: in flight", 4.0, "numbers are loaded and used one by one"),
     Known("diffusion-*-cl * gradient: *", 3.9, "few programs at 74 to 122 registers, each waiting 8 to 17 times"),
-    Known("transformer-layer-4096-* column_sums: in flight", 3.7, "few programs, each waiting ten times"),
+    Known("*-layer-4096-* column_sums: in flight", 3.7, "few programs, each waiting ten times"),
+    Known("dit-xl-* float16 forward persistent_forward: issue", 1.5, "rows of 1152 in tiles of 2048: half are masked"),
     # Groups of 20 and 40 channels: masks and an offset for each element, and SiLU.
     Known("diffusion-block-* persistent_forward: issue", 2.0, "groups that are no power of two of rows"),
     # What no plan has mended; smaller kernels mostly. A pipe as the limit is excused by none of these.

@@ -188,7 +188,7 @@ def shape_rows(
     except torch.OutOfMemoryError:
         yield shared | {"direction": "", "contender": "", "status": "out of memory"}
         return
-    outputs = 1 + shape.unpadded
+    outputs = 1 + (shape.unpadded or shape.pre_residual)
     for name, make in makers.items():
         row = shared | {"direction": "", "contender": name}
         try:

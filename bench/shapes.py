@@ -16,11 +16,12 @@ HALF_AND_FULL = ("float16", "bfloat16", "float32")
 
 @dataclass(frozen=True)
 class Shape:
-    """One use of a norm: ``pad(activation(norm(x) [+ residual]))`` on x of ``shape``.
+    """One use of a norm: ``pad(activation(norm(x [+ pre_residual]) [+ residual]))`` on x of ``shape``.
 
     ``padding`` is reflected; with ``unpadded`` the result is wanted unpadded as well, for a skip connection. Norms of
     ``kind`` "layer" and "rms" are over the last dimension, "channels" is a layer norm of (N, C, H, W) over C. Adaptive
-    norms get their affine with every call: ``form`` says whether that is (N, C) or of the input's shape.
+    norms get their affine with every call: ``form`` says whether that is (N, C), of "layer" (N, 1, D), or of the
+    input's shape. With ``pre_residual`` the sum is wanted too, as before the next block of a transformer.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Shape:
     affine: bool = True
     form: str = "channel"  # or "sample" or "element"
     groups: int = 32
+    pre_residual: bool = False
     dtypes: tuple[str, ...] = HALF_AND_FULL
 
     @property
@@ -53,9 +55,10 @@ class Shape:
 
     @property
     def input_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Of x, of an adaptive norm's scale and shift, and of the residual."""
-        affine = {"channel": (), "sample": (self.shape[:2],) * 2, "element": (self.shape,) * 2}[self.form]
-        return (self.shape, *affine, *((self.shape,) if self.residual else ()))
+        """Of x, of an adaptive norm's scale and shift, of the residual, and of what is added before the norm."""
+        sample = (self.shape[0], 1, self.channels) if self.kind in ROWS else self.shape[:2]
+        affine = {"channel": (), "sample": (sample,) * 2, "element": (self.shape,) * 2}[self.form]
+        return (self.shape, *affine, *(self.shape,) * (self.residual + self.pre_residual))
 
     @property
     def elements(self) -> int:
@@ -63,7 +66,9 @@ class Shape:
 
     @property
     def output_sizes(self) -> tuple[tuple[int, ...], ...]:
-        """Of the result, padded if it is, and of the unpadded one where both are wanted."""
+        """Of the result, padded if it is, and of the unpadded one where both are wanted; or of the sum."""
+        if self.pre_residual:
+            return self.shape, self.shape
         padded = (*self.shape[:2], *(size + 2 * self.padding for size in self.shape[2:]))
         return (padded, self.shape) if self.unpadded else (padded,)
 
@@ -90,8 +95,10 @@ class Shape:
         residual = " + residual" if self.residual else ""
         pad = f" + pad {self.padding}" + (" and unpadded" if self.unpadded else "") if self.padding else ""
         kind = {"rms": "RMS", "channels": "channel-wise layer"}.get(self.kind, self.kind)
-        form = {"sample": "adaptive ", "element": "spatially adaptive "}.get(self.form, "")
-        return f"{form}{kind} norm{residual}{activation}{pad}"
+        each = "token by token" if self.kind in ROWS else "spatially"
+        form = {"sample": "adaptive ", "element": f"{each} adaptive "}.get(self.form, "")
+        added = " of a sum, and the sum" if self.pre_residual else ""
+        return f"{form}{kind} norm{added}{residual}{activation}{pad}"
 
     def resized(self, shape: tuple[int, ...]) -> "Shape":
         """The same use on another shape; its padding is what that still allows, and groups are as large."""
@@ -271,9 +278,31 @@ def _transformer() -> list[Shape]:
     ]
 
 
+def _llm() -> list[Shape]:
+    """Pre-norm decoders: the stream and what a block adds to it, summed, kept and normalized."""
+    sizes = ((8192, 2048), (4096, 4096), (64, 4096), (4096, 8192))
+    return [
+        Shape(f"llm-{kind}-{features}-n{tokens}", "transformer", kind, (tokens, features), pre_residual=True)
+        for kind in ROWS
+        for tokens, features in sizes
+    ]
+
+
+def _dit() -> list[Shape]:
+    """Diffusion transformers: DiT-XL/2 at 256 x 256, FLUX at 1024 x 1024; scale and shift for each sample or token."""
+    sizes = (
+        ("xl", "sample", (32, 256, 1152)), ("flux", "sample", (2, 4608, 3072)), ("token", "element", (4, 1024, 1152)),
+    )  # fmt: skip
+    return [
+        Shape(f"dit-{part}-{shape[2]}-{shape[0]}x{shape[1]}", "transformer", "layer", shape, form=form)
+        for part, form, shape in sizes
+    ]
+
+
 SHAPES = (
     *_cyclegan(), *_patchgan(), *_pix2pix(), *_dcgan(), *_style(), *_resnet50(), *_nnunet(),
     *_diffusion(), *_gaugan(), *_adain(), *_biggan(), *_convnext(), *_transformer(),
+    *_llm(), *_dit(),
 )  # fmt: skip
 GROUPS = tuple(dict.fromkeys(shape.group for shape in SHAPES))
 
@@ -300,15 +329,19 @@ SHORT = (
     "transformer-layer-768-n8192",
     "transformer-rms-4096-n4096",
 )
+#: What bytes are counted of: those, and norms of sums and of modulated tokens.
+COUNTED = (*SHORT, "llm-rms-4096-n4096", "dit-xl-1152-32x256", "dit-token-1152-4x1024")
 #: Of these, what is measured where a run only has to show that it works.
 QUICK = SHORT[:13]
 
 
-def select(groups: list[str] | None = None, words: list[str] | None = None, short: bool = False) -> list[Shape]:
-    """Shapes of these groups whose name contains one of ``words``; with ``short`` only those of the short list."""
+def select(
+    groups: list[str] | None = None, words: list[str] | None = None, short: bool = False, of: tuple[str, ...] = SHORT
+) -> list[Shape]:
+    """Shapes of these groups whose name contains one of ``words``; with ``short`` only those that ``of`` lists."""
     found = [shape for shape in SHAPES if groups is None or shape.group in groups]
     if words is not None:
         found = [shape for shape in found if any(word in shape.name for word in words)]
     if short:
-        found = sorted((shape for shape in found if shape.name in SHORT), key=lambda shape: SHORT.index(shape.name))
+        found = sorted((shape for shape in found if shape.name in of), key=lambda shape: of.index(shape.name))
     return found

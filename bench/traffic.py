@@ -93,15 +93,15 @@ def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape
     """The shape with a smaller batch and fewer channels, as far as both directions keep their regime."""
     fewest = 32 if shape.layout == "channels_last" else 4
     if shape.kind in PER_COLUMN:
-        # Only rows may go.
-        fewest = shape.shape[1]
+        # Only rows may go; of samples with scales of their own, those within a sample.
+        fewest = min(shape.shape[1], 64) if shape.adaptive else shape.shape[1]
     n, c, *spatial = shape.shape
     wanted = _regimes(shape, dtype)
     while n * c * shape.elements // (shape.shape[0] * shape.shape[1]) > elements:
         # Groups stay as large, and whole.
         whole = shape.kind != "group" or c // 2 * shape.groups % shape.shape[1] == 0
         smaller = [(n, c // 2)] if c // 2 >= fewest and whole else []
-        smaller += [(n // 2, c)] if n > 1 else []
+        smaller += [(n // 2, c)] if n > (2 if shape.adaptive and shape.kind in PER_COLUMN else 1) else []
         for m, d in smaller:
             if _regimes(shape.resized((m, d, *spatial)), dtype) == wanted:
                 n, c = m, d
@@ -215,7 +215,7 @@ def run(arguments) -> int:
     if not INTERPRETED:
         raise UserError("triton was imported before this script could switch its interpreter on")
     short = not (arguments.all or arguments.groups or arguments.shapes)
-    chosen = shapes.select(arguments.groups, arguments.shapes, short)
+    chosen = shapes.select(arguments.groups, arguments.shapes, short, shapes.COUNTED)
     if not chosen:
         raise UserError("no shape has such a name")
     if arguments.out:

@@ -127,10 +127,24 @@ def layer_norm(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Result:
-    """``activation(layer_norm(input) * weight + bias + residual)`` in one pass over ``input`` (*, *normalized_shape).
+    """``activation(layer_norm(input + pre_residual) * weight + bias + residual)`` in one pass over ``input``.
 
-    The first five arguments are those of ``torch.nn.functional.layer_norm``; dtypes, strides, residual, activation
-    dtype and errors are as in ``batch_norm``, and autocast as in ``group_norm``.
+    ``input`` is (*, *normalized_shape), and the first five arguments are those of ``torch.nn.functional.layer_norm``;
+    dtypes, strides, residual, activation, dtype and errors are as in ``batch_norm``, and autocast as in ``group_norm``.
+
+    ``pre_residual`` has the input's shape and device, and its dtype or a narrower one than float64. It is added before
+    the norm; the sum is rounded to the input's dtype, and what is normalized is that. With ``return_sum`` the result is
+    ``(y, input + pre_residual)``, as blocks of pre-norm transformers pass it on: Xiong et al., "On Layer Normalization
+    in the Transformer Architecture" (2020).
+
+    ``weight`` and ``bias`` may also have leading dims that broadcast against the input's: with (N, 1, D) for an input
+    (N, T, D) and ``unit_offset``, a factor of 1 + ``weight``, this is the modulation of Peebles and Xie, "Scalable
+    Diffusion Models with Transformers" (2023). Each has its gradient, summed over what broadcasts.
+
+    Raises torch's own errors, and one line of ``ValueError`` for an operand of another shape, dtype or device.
+
+        y, stream = layer_norm(branch, (768,), weight, bias, pre_residual=stream, return_sum=True)
+        y = layer_norm(tokens, (768,), scale[:, None], shift[:, None], unit_offset=True)
     """
     name, numbers, slope = resolve(activation)
     spec = Spec(
@@ -153,10 +167,10 @@ def rms_norm(
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Result:
-    """``activation(rms_norm(input) * weight + residual)`` in one pass over ``input`` (*, *normalized_shape).
+    """``activation(rms_norm(input + pre_residual) * weight + residual)`` in one pass over ``input``.
 
-    The first four arguments are those of ``torch.nn.functional.rms_norm``: without ``eps``, it is that of float32, and
-    of float64 for float64 input. Everything else is as in ``layer_norm``.
+    ``input`` is (*, *normalized_shape), and the first four arguments are those of ``torch.nn.functional.rms_norm``:
+    without ``eps``, it is that of float32, and of float64 for float64 input. Everything else is as in ``layer_norm``.
     """
     name, numbers, slope = resolve(activation)
     spec = Spec(

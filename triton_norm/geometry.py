@@ -8,6 +8,8 @@ Every norm is the same computation on such a view; only which dimensions form a 
 | batch                       | 1, C       | N, spatial       |
 | channels (LayerNorm2d)      | N, spatial | 1, C             |
 | layer, rms                  | leading    | normalized_shape |
+| the same, weights per       | kept dims, | normalized_shape |
+|   sample, position or head  |   others   |                  |
 | planes, to be padded        | N, C       | D * H, W         |
 
 A group norm's rows are channels, of which ``group`` neighbours share their statistics: its affine is then constant on

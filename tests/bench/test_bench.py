@@ -66,7 +66,7 @@ def test_plain_and_fused_are_the_same_layer(shape, on_torch):
     plain, fused = (layers.build(factory, small) for factory in (layers.Plain, layers.Fused))
     fused.load_state_dict(plain.state_dict())
     expected, found = plain(*x), fused(*x)
-    if not small.unpadded:
+    if not (small.unpadded or small.pre_residual):
         expected, found = (expected,), (found,)
     assert tuple(tuple(y.shape) for y in found) == small.output_sizes
     for e, f in zip(expected, found, strict=True):
@@ -100,6 +100,9 @@ def test_known_passes_of_the_family():
     assert found("batch", form="element") == (4, 6, 11, 11)
     assert found("batch", form="element", activation="relu") == (4, 6, 13, 14)
     assert found("instance", form="sample") == (2, 3, 7, 12)
+    # x, the addend, y, the sum; x, dy, the sum's gradient, dx.
+    assert found("rms", pre_residual=True) == (4, 4, 6, 10)
+    assert found("layer", form="element") == (4, 6, 11, 11)
 
 
 def test_smaller_shapes_keep_their_groups_whole():
@@ -126,6 +129,16 @@ def test_the_family_moves_the_minimum(name, in_interpreter):
     assert totals["forward"]["launches"] == 1
     for row in totals.values():
         assert row["minimum"] <= row["bytes"] <= 1.1 * row["minimum"]
+
+
+@pytest.mark.parametrize(
+    "shape", [Shape("", "", "rms", (4096, 64), pre_residual=True), Shape("", "", "layer", (16, 256, 64), form="sample")]
+)
+def test_sums_and_scales_of_samples_move_the_minimum(shape, in_interpreter):
+    totals = [row for row in traffic.rows(shape, "float16", 2**15) if row["kernel"] == traffic.TOTAL]
+    assert [row["launches"] for row in totals] == [1, 2]
+    for row in totals:
+        assert row["minimum"] <= row["bytes"] <= 1.25 * row["minimum"]
 
 
 def test_rows_share_weights_whatever_is_cut(in_interpreter):

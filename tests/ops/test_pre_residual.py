@@ -8,6 +8,8 @@ from torch import nn
 
 import triton_norm as tn
 from triton_norm import functional
+from triton_norm.ops import library
+from triton_norm.spec import Spec
 
 KINDS = ("layer", "rms")
 SHAPE = (3, 2, 24)
@@ -228,3 +230,20 @@ def test_compiled(backend, kind):
         gradients = [torch.autograd.grad(r, inputs, [t.detach() for t in r]) for r in results]
         for got, want in zip((*results[1], *gradients[1]), (*results[0], *gradients[0]), strict=True):
             assert_close(got, want.double(), torch.float32)
+
+
+@pytest.mark.parametrize("leading", [(), (3, 1)], ids=str)
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
+def test_operators(backend, leading):
+    """What ``torch.library`` says of the operators holds: schema, fake results, tracing with symbolic shapes."""
+    a = made("layer", backend, leading=leading)
+    spec = Spec("layer", (24,), True, 0.0, 1e-5, "silu", return_sum=True).text()
+    nothing = [None] * 7
+    given = (a.x, a.weight, a.bias, *nothing, spec, False, a.pre_residual)
+    torch.library.opcheck(library.forward, given)
+    y, statistics, bits, total = library.forward(*given)
+    assert torch.equal(total, a.x + a.pre_residual) and not bits.numel()
+    wanted = [True, True, True, False, False]
+    upstream = torch.ones_like(y), torch.ones_like(total)
+    given = (*upstream, total, a.weight, a.bias, *[None] * 4, statistics, None, spec, wanted)
+    torch.library.opcheck(library.backward, given)

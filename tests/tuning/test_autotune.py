@@ -458,6 +458,9 @@ def test_keys_tell_apart_what_runs_differently():
         work(shape=(1, 256, 32, 32)),
         work(layout="channels_last"),
         work(shape=(2, 128, 64, 64)),
+        replace(work(), beside=1),
+        replace(work(), beside=2),
+        replace(work(), samples=256),
     ]
     keys = {key(kind, dtype, w) for w in works for kind in ("batch", "instance") for dtype in ("a", "b")}
     assert len(keys) == 4 * len(works)
@@ -645,6 +648,23 @@ def test_padded_problems_are_measured_padded(tried, kind, shape, padding, layout
     assert not autotune._state.closed
 
 
+@pytest.mark.parametrize("leading", [(2, 1), (2, 4), ()], ids=str)
+def test_sums_are_measured_as_such(tried, leading):
+    """With what is added, the sum and its gradient, and with parameters for each sample or token."""
+    x, r = (torch.randn(2, 4, 8, requires_grad=True) for _ in range(2))
+    weight, bias = torch.randn(2, *leading, 8).requires_grad_()
+    with autotune.mode("0"), autotune.recording() as met:
+        y, total = tn.functional.layer_norm(x, (8,), weight, bias, pre_residual=r, return_sum=True)
+        (y * total).sum().backward()
+    forward, backward = met.values()
+    assert (forward.work.beside, backward.work.beside) == (2, 1)
+    assert forward.work.samples == backward.work.samples == (2 if leading == (2, 1) else 1)
+    for p in (forward, backward):
+        tried.clear()
+        measure.Trial(p)(p.work.heuristic())
+        assert p in tried
+
+
 def channels_last(x):
     return x.to(memory_format=torch.channels_last)
 
@@ -654,7 +674,8 @@ LONG = {"contiguous": (1, 2, 40, 64), "channels_last": (1, 3, 48, 64), "odd": (2
 
 
 @pytest.mark.parametrize(
-    "kind, layout", [*product(("batch", "instance", "group", "element"), LONG), ("layer", "rows"), ("rms", "rows")]
+    "kind, layout",
+    [*product(("batch", "instance", "group", "element"), LONG), *product(("layer", "rms", "sum"), ["rows"])],
 )
 def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeypatch, tmp_path):
     torch.manual_seed(0)
@@ -665,10 +686,15 @@ def test_every_candidate_gives_the_same_numbers(kind, layout, stopwatch, monkeyp
     a = Arguments(kind, x, *torch.randn(2, x.shape[1]), activation="relu", **more.get(kind, {}))
     if kind == "element":
         a.kind, a.weight, a.bias = "instance", torch.randn_like(x), torch.randn_like(x)
+    added = {}
+    if kind == "sum":
+        # With a scale and shift for each sample.
+        a = Arguments("layer", x[:, None], *torch.randn(2, 2, 1, 2100), activation="relu", normalized_shape=(2100,))
+        x, r, dy, added = a.x, r[:, None], dy[:, None], {"pre_residual": torch.randn_like(a.x)}
     leaves = [t.requires_grad_() for t in (x, a.weight, *([] if kind == "rms" else [a.bias]), r)]
 
     def step():
-        y = call(a, x, weight=a.weight, bias=a.bias, residual=r)
+        y = call(a, x, weight=a.weight, bias=a.bias, residual=r, **added)
         return y, *torch.autograd.grad(y, leaves, dy)
 
     # One that splitting rows is worth while for.

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..activations import NAMES
 from ..ops.backend import VARIABLE
+from ..ops.call import Result
 from ..spec import BY_CHANNEL, ROWS
 from ..tuning import autotune
 from ..tuning.plan import Plan, cdiv, power_of_2
@@ -106,6 +107,8 @@ class Case:
     padding_mode: str = "reflect"
     #: Whether one weight serves a "channel" (of the rows: a column), a "sample" and channel, or an "element".
     affine: str = "channel"
+    #: Whether something is added before the norm, and the sum wanted.
+    added: bool = False
     #: Of batch and instance norm: whether it keeps running statistics, and whether it uses them.
     tracks: bool = False
     evaluates: bool = False
@@ -116,6 +119,7 @@ class Case:
             self.kind, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.layout, self.regime,
             self.activation or "no activation", "residual" * self.residual,
             f"{self.padding_mode} padding" * bool(self.padding), f"weights per {self.affine}",
+            "of a sum" * self.added,
             "running statistics" * self.tracks, "evaluation" * self.evaluates,
         ]  # fmt: skip
         return " ".join(filter(None, words))
@@ -184,6 +188,12 @@ def cases(on_gpu: bool, quick: bool, clusters: bool = False) -> Iterator[Case]:
             for regime in _apart(kind) if affine == "sample" else ("persistent", "split"):
                 for dtype in dtypes[:1] if quick else (torch.float16, torch.float32):
                     yield Case(f"weights per {affine}", kind, PLANES, dtype, regime=regime, affine=affine)
+    for kind in ROWS:
+        for (index, affine), regime in product(enumerate(("channel", "sample", "element")), ("persistent", "split")):
+            for dtype in dtypes[:1] if quick else (torch.float16, torch.float32):
+                activation, residual = activations[index], index == 1
+                yield Case(f"{kind} norm of a sum", kind, (2, *ROW_SHAPE), dtype, "contiguous", regime, activation,
+                    residual, affine=affine, added=True)  # fmt: skip
     for kind in ("batch", "instance"):
         for dtype in dtypes:
             for layout in LAYOUTS:
@@ -207,10 +217,12 @@ class _Operands:
     slope: Tensor | None
     mean: Tensor | None
     variance: Tensor | None
+    pre_residual: Tensor | None = None
 
     @property
     def leaves(self) -> dict[str, Tensor]:
         named = {"x": self.x, "weight": self.weight, "bias": self.bias, "residual": self.residual, "slope": self.slope}
+        named["pre_residual"] = self.pre_residual
         return {name: t.requires_grad_() for name, t in named.items() if t is not None}
 
 
@@ -222,21 +234,30 @@ def _operands(case: Case) -> _Operands:
         return (torch.randn(size, generator=generator) * scale + offset).to(dtype)
 
     shape = case.shape
-    size = shape[-1:] if case.kind in ROWS else {"sample": shape[:2], "element": shape}.get(case.affine, shape[1:2])
+    sizes = {"sample": shape[:2], "element": shape}
+    if case.kind in ROWS:
+        sizes = {"sample": (shape[0], 1, shape[-1]), "element": shape, "channel": shape[-1:]}
+    size = sizes.get(case.affine, shape[1:2])
     # As under autocast, to bfloat16 alone.
     wide = torch.float32 if case.dtype == torch.bfloat16 else case.dtype
     x, residual = normal(shape, 1.5, 0.5), normal(shape)
+    pre_residual = normal(shape) if case.added else None
+    if case.added:
+        # Sums that are exact: Triton's interpreter cuts off what it should round to bfloat16.
+        x, pre_residual = (t.mul(16).round().div(16) for t in (x, pre_residual))
     weight, bias = normal(size, 0.5, 1, wide), normal(size, 0.5, 0, wide)
     slope, mean, variance = (normal(shape[1], *about, wide) for about in ((0.1, 0.25), (0.5, 0), (0.1, 1)))
     return _Operands(
         x, weight, None if case.kind == "rms" else bias, residual if case.residual else None,
         slope if case.activation == "prelu" else None, *((mean, variance.abs()) if case.tracks else (None, None)),
+        pre_residual,
     )  # fmt: skip
 
 
-def _call(case: Case, o: _Operands, activation: object, padding: int) -> Tensor:
+def _call(case: Case, o: _Operands, activation: object, padding: int) -> Result:
     more = {"residual": o.residual, "activation": activation}
     if case.kind in ROWS:
+        more |= {"pre_residual": o.pre_residual, "return_sum": True} if case.added else {}
         affine = (o.weight,) if case.kind == "rms" else (o.weight, o.bias)
         norm = functional.rms_norm if case.kind == "rms" else functional.layer_norm
         return norm(o.x, o.x.shape[-1:], *affine, 1e-5, **more)
@@ -276,8 +297,9 @@ def _step(case: Case, o: _Operands, dy: Tensor) -> dict[str, Tensor]:
     activation = _activation(case, o)
     leaves = o.leaves
     y = _call(case, o, activation, case.padding)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy)
-    found = {"output": y.detach()}
+    results = y if isinstance(y, tuple) else (y,)
+    gradients = torch.autograd.grad(results, list(leaves.values()), [dy] * len(results))
+    found = {name: result.detach() for name, result in zip(("output", "sum"), results, strict=False)}
     found |= {f"gradient of {name}": g for name, g in zip(leaves, gradients, strict=True)}
     if case.tracks:
         found |= {"running mean": o.mean, "running variance": o.variance}
@@ -293,6 +315,7 @@ def _expected(case: Case, o: _Operands) -> tuple[dict[str, Tensor], Tensor]:
     with _backend("torch"):
         o = _mapped(o, lambda t: t.double())
         z = _call(case, _mapped(o, torch.clone), None, 0)
+        z = z[0] if isinstance(z, tuple) else z
         near = 2 * TOLERANCES[case.dtype][0]
         smooth = torch.stack([(z - kink).abs() > near for kink in KINKS]).all(0).double()
         if case.padding:
@@ -334,7 +357,8 @@ def _error(got: Tensor, want: Tensor, case: Case, name: str) -> float:
     got = got.detach().cpu().double()
     if got.shape != want.shape:
         raise RuntimeError(f"{name} has shape {tuple(got.shape)}, expected {tuple(want.shape)}")
-    if name in ("output", "gradient of x", "gradient of residual", "running mean", "running variance"):
+    elements = {"output", "sum", "gradient of x", "gradient of pre_residual", "gradient of residual"}
+    if name in elements | {"running mean", "running variance"}:
         error = ((got - want).abs() / (absolute + relative * want.abs())).max().item()
     else:
         # A sum, some of whose terms cancel: as a vector.

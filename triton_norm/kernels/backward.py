@@ -28,7 +28,6 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weight,
-    of_sample,
     offsets,
     over_group,
     row_block,
@@ -212,15 +211,15 @@ def persistent_backward(
     if NORM.AFFINE == COLUMN:
         a = sample_of(tl.program_id(0), sizes)
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+        w = load_columns(weight, a, k, s, sizes, 1.0, ACC)
         if not LONG:
-            bias_columns = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+            bias_columns = load_columns(bias, a, k, s, sizes, 0.0, ACC)
         sum_dzx = zeros(BLOCK, ACC)
         sum_dz = zeros(BLOCK, ACC)
         first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
         for block in range(first, last):
             if LONG:
-                b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+                b = load_columns(bias, a, k, s, sizes, 0.0, ACC)
             else:
                 b = bias_columns
             dz, normalized = differentiate_rows(
@@ -341,8 +340,8 @@ def gradient(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(of_sample(weight, of.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(of_sample(bias, of.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(weight, of.a, tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(bias, of.a, tile.k, tile.s, sizes, 0.0, ACC)
         if NORM.AFFINE == ROW:
             w = weight_of_row
             b = bias_of_row

@@ -15,7 +15,6 @@ from .tiles import (
     load_sum,
     load_tile,
     load_weight,
-    of_sample,
     offsets,
     row_block,
     row_length,
@@ -149,8 +148,8 @@ def persistent_forward(
     if NORM.AFFINE == COLUMN:
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
         a = sample_of(tl.program_id(0), sizes)
-        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
-        b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+        w = load_columns(weight, a, k, s, sizes, 1.0, ACC)
+        b = load_columns(bias, a, k, s, sizes, 0.0, ACC)
         operands = Operands(x, residual, w, b, slope)
         first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
         for block in range(first, last):
@@ -214,8 +213,8 @@ def normalize(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(of_sample(weight, block.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(of_sample(bias, block.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(weight, block.a, tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(bias, block.a, tile.k, tile.s, sizes, 0.0, ACC)
         finish(
             values, center, rstd, Operands(x, residual, w, b, slope), results, block, tile, at, sizes, y_strides,
             Activation(VALUE, DERIVATIVE, P0, P1, None, OFF), BLOCK, NORM, PAD, ACC, LAYOUT,

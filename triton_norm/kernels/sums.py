@@ -10,7 +10,6 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weight,
-    of_sample,
     offsets,
     row_block,
     sample_of,
@@ -41,9 +40,9 @@ def column_gradients(
     index = tl.program_id(0)
     k, s = columns(index, S, BLOCK.K, BLOCK.S)
     a = sample_of(tl.program_id(1), sizes)
-    w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+    w = load_columns(weight, a, k, s, sizes, 1.0, ACC)
     w = load_weight(w, None, None, None, sizes, NORM, ACC)
-    b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+    b = load_columns(bias, a, k, s, sizes, 0.0, ACC)
     first, last = walked(tl.program_id(1), a, blocks, steps, sizes)
     sum_dzx = zeros(BLOCK, ACC)
     sum_dz = zeros(BLOCK, ACC)

@@ -110,15 +110,6 @@ def walked(program, a, blocks, steps, sizes):
 
 
 @triton.jit
-def of_sample(pointer, a, sizes):
-    """Where the parameters per column of a sample begin."""
-    if pointer is None or sizes.per_sample is None:
-        return pointer
-    else:
-        return pointer + tl.full((), 1, tl.int64) * a * sizes.per_sample
-
-
-@triton.jit
 def columns(tile, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr):
     """Indices k and s of the columns of one tile of a row; BLOCK_S is a power of two, so this costs no division."""
     across = tl.cdiv(S, BLOCK_S)
@@ -212,11 +203,13 @@ def load_rows(pointer, at, live, default: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_columns(pointer, k, s, sizes, default: tl.constexpr, ACC: tl.constexpr):
-    """One value per column as (1, C), or the default where there is no tensor."""
+def load_columns(pointer, a, k, s, sizes, default: tl.constexpr, ACC: tl.constexpr):
+    """One value per column as (1, C), sample a's where each has its own, or the default where there is no tensor."""
     if pointer is None:
         return default
     else:
+        if sizes.per_sample is not None:
+            pointer += tl.full((), 1, tl.int64) * a * sizes.per_sample
         mask = (k < sizes.K) & (s < sizes.S)
         return tl.load(pointer + k * sizes.S + s, mask=mask, other=0.0).to(ACC)[None, :]
 

@@ -173,7 +173,10 @@ class GroupNorm(Affine, nn.GroupNorm):
 
 
 class LayerNorm(Activated, nn.LayerNorm):
-    """``torch.nn.LayerNorm``, with fused activation and residual."""
+    """``torch.nn.LayerNorm``, with fused activation, residual, and sum before the norm.
+
+        y, stream = norm(branch, pre_residual=stream, return_sum=True)
+    """
 
     _extras: ClassVar[frozenset[str]] = Activated._extras | ADDS
 
@@ -197,7 +200,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 
 
 class RMSNorm(Activated, nn.RMSNorm):
-    """``torch.nn.RMSNorm``, with fused activation and residual."""
+    """``torch.nn.RMSNorm``, with fused activation, residual, and sum before the norm, called as ``LayerNorm``."""
 
     _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"} | ADDS
 
