@@ -60,6 +60,8 @@ class Spec(NamedTuple):
     correction: int = 0
     #: The name of the result's dtype; None is x's.
     dtype: str | None = None
+    #: Of "batch" alone: the name of the process group whose ranks take their statistics together.
+    process_group: str | None = None
 
     def width(self, shape: Sequence[int]) -> int:
         """Channels in a group, or elements in a row of trailing dims; 0 of the other kinds."""

@@ -50,7 +50,7 @@ def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
     return apart
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """A Function whose ``apply`` is cheap.
 
     With ``setup_context``, which functorch needs, torch binds the arguments to ``forward``'s signature at every call:
@@ -64,7 +64,7 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-class _Traced(_Function):
+class _Traced(Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec, keep_bits
@@ -149,11 +149,11 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
     # The count goes. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _ = tuple(o)
-    found = _NormalizeBackward.apply(saved.dy, saved.dplain, *operands, saved.statistics, saved.bits, spec, wanted)
+    found = NormalizeBackward.apply(saved.dy, saved.dplain, *operands, saved.statistics, saved.bits, spec, wanted)
     return _spread(found, wanted)
 
 
-class _NormalizeBackward(_Function):
+class NormalizeBackward(Function):
     """The backward as a Function, for those who differentiate it."""
 
     @staticmethod
@@ -165,6 +165,7 @@ class _NormalizeBackward(_Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        ctx.formula = reference.formula
         ctx.bits, ctx.spec, ctx.wanted = inputs[10:]
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
@@ -187,7 +188,7 @@ class _NormalizeBackward(_Function):
                     return z * side.to(z.dtype)
 
             dy, dplain, *inputs = [_fresh(t) for t in (dy, dplain, x, weight, bias, residual, slope)]
-            y = plain = reference.formula(spec, Operands(*inputs, mean, variance), activation)
+            y = plain = ctx.formula(spec, Operands(*inputs, mean, variance), activation)
             if spec.padding != 0:
                 y = reference.pad(y, spec.padding, spec.padding_mode)
             ends = [(end, d) for end, d in ((y, dy), (plain, dplain)) if d is not None]
