@@ -308,7 +308,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         "channels_last, padded": partial(
             matches, (1, 2, 3), layout="channels_last", residual=True, activation=nn.PReLU(CHANNELS),
             padding=(1, 2, 0, 1),
-        ),  # fmt: skip
+        ),
         "no affine": partial(matches, (1, 2, 3), affine="none"),
         "weight alone": partial(matches, (1, 2, 3), affine="weight", activation="tanh"),
         "bias alone": partial(matches, (1, 2, 3), affine="bias", residual=True, activation="hardtanh", padding=1),
