@@ -56,9 +56,7 @@ def matches(
         leaves["slope"] = norm.activation.weight
     leaves = {name: t for name, t in leaves.items() if t is not None}
     gradients = dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), part(dy, sizes)), strict=True))
-    whole = {
-        name: total(g, group) for name, g in gradients.items() if name == "slope" or by_channel.get(name, False)
-    }
+    whole = {name: total(g, group) for name, g in gradients.items() if name == "slope" or by_channel.get(name, False)}
     # From here on everybody is alone.
     assert y.dtype == x.dtype
     if layout:
@@ -306,7 +304,11 @@ def _cases() -> dict[str, Callable[[], None]]:
         ),
         "channels_last": partial(matches, (1, 2, 3), layout="channels_last", residual=True, activation="relu"),
         "channels_last, padded": partial(
-            matches, (1, 2, 3), layout="channels_last", residual=True, activation=nn.PReLU(CHANNELS),
+            matches,
+            (1, 2, 3),
+            layout="channels_last",
+            residual=True,
+            activation=nn.PReLU(CHANNELS),
             padding=(1, 2, 0, 1),
         ),
         "no affine": partial(matches, (1, 2, 3), affine="none"),

@@ -113,7 +113,7 @@ class _Standardized(torch.autograd.Function):
         return rstd * (g - sum_g - normalized * sum_gx), None, None, None, None
 
 
-def formula(spec: Spec, n: Tensor, o: Operands, activation: reference.Activation | None = None) -> Tensor:
+def formula(n: Tensor, spec: Spec, o: Operands, activation: reference.Activation | None = None) -> Tensor:
     """``reference.formula`` of a batch norm with all ranks' mean, variance and n, which depend on x."""
     wide = o.x.to(torch.promote_types(o.x.dtype, torch.float32))
     rstd = torch.rsqrt(o.running_var + spec.eps)
@@ -131,7 +131,7 @@ def plain(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor
         mean, variance, n = combined(spec, o, *moments(x))
     activation = reference.on_torch(spec, slope, mean)
     given = Operands(x, weight, bias, residual, slope, mean, variance)
-    return reference.padded(spec, formula(spec, n, given, activation))
+    return reference.padded(spec, formula(n, spec, given, activation))
 
 
 def _dims(x: Tensor) -> list[int]:

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from ..launching.operands import per_element
 from ..spec import Operands, Spec
 from . import library, ranks, reference
-from .traced import INPUTS, Function, NormalizeBackward, keeps_bits, passes_on, saved_of
+from .traced import INPUTS, Function, NormalizeBackward, keeps_bits, passes_on, saved_of, spread
 
 
 def by_kernels(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
@@ -63,10 +63,9 @@ class _Synchronized(Function):
         dresidual = None
         if wanted[3] and passes_on(spec):
             wanted[3], dresidual = False, dy
-        if any(wanted):
+        if any(wanted) and (dy is not None or dplain is not None):
             found = _SynchronizedBackward.apply(dy, dplain, *ctx.saved_tensors, ctx.bits, spec, tuple(wanted))
-        remaining = iter(found)
-        g = [next(remaining) if want else None for want in wanted]
+        g = spread(found, wanted) if found else [None] * INPUTS
         return *g[:3], g[3] if dresidual is None else dresidual, g[4], *(None,) * 5
 
 
@@ -88,32 +87,19 @@ class _SynchronizedBackward(NormalizeBackward):
         sums = mean.new_zeros(2, len(mean))
         if any(first):
             asked = (True, *first[1:])
-            gradients = _spread(
-                library.sums(dy, dplain, *operands, statistics, bits, spec.text(), list(asked)), asked
-            )
+            gradients = spread(library.sums(dy, dplain, *operands, statistics, bits, spec.text(), list(asked)), asked)
             sums, gradients[0] = gradients[0][:2], None
         if wanted[0]:
             sums = ranks.Sum.apply(sums, spec.process_group) * (ranks.per_channel(x) / n)
         if any(second):
             statistics = torch.cat([statistics, sums])
-            rest = library.backward(
-                dy, dplain, *operands, None, None, statistics, bits, spec.text(), list(second)
-            )
-            gradients = [a if b is None else b for a, b in zip(gradients, _spread(rest, second), strict=True)]
+            rest = library.backward(dy, dplain, *operands, None, None, statistics, bits, spec.text(), list(second))
+            gradients = [a if b is None else b for a, b in zip(gradients, spread(rest, second), strict=True)]
         return tuple([t for t in gradients if t is not None])
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         n, ctx.bits, ctx.spec, ctx.wanted = inputs[9:]
-        ctx.formula = partial(_formula, n)
+        ctx.formula = partial(ranks.formula, n)
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
-
-
-def _formula(n: Tensor, spec: Spec, o: Operands, activation: reference.Activation | None) -> Tensor:
-    return ranks.formula(spec, n, o, activation)
-
-
-def _spread(found: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    remaining = iter(found)
-    return [next(remaining) if want else None for want in wanted]

@@ -95,7 +95,7 @@ class _Traced(Function):
         return *backward(ctx.spec, o, saved, tuple(ctx.needs_input_grad[:INPUTS])), *(None,) * 7
 
 
-def _spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
+def spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
     """One entry per wanted flag from those found for the flags that are set."""
     remaining = iter(found)
     return [next(remaining) if want else None for want in wanted]
@@ -150,7 +150,7 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     # The count goes. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _ = tuple(o)
     found = NormalizeBackward.apply(saved.dy, saved.dplain, *operands, saved.statistics, saved.bits, spec, wanted)
-    return _spread(found, wanted)
+    return spread(found, wanted)
 
 
 class NormalizeBackward(Function):
@@ -210,4 +210,4 @@ class NormalizeBackward(Function):
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return *_spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)
+        return *spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)
