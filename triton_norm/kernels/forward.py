@@ -59,7 +59,8 @@ def finish(
             store_tile(results.plain, at, tile, value)
     if results.bits is not None:
         # An activation with a slope keeps none.
-        on = activation.DERIVATIVE(z, activation.P0, activation.P1) != activation.OFF
+        # In z's dtype, since releases before 3.9 compare with a constant in float32, which is another number in float64.
+        on = activation.DERIVATIVE(z, activation.P0, activation.P1) != tl.full(z.shape, activation.OFF, z.dtype)
         store_bits(results.bits, on, rows, tile, sizes, BLOCK)
 
 
