@@ -18,6 +18,7 @@ from triton_norm.kernels.tiles import AFFINES
 from triton_norm.ops import backend
 
 from . import common, shapes
+from .clusters import clusters
 from .common import Parser, UserError
 from .layers import exercise
 from .offline import TARGETS, Report, compiling, kernels_for_cpu_tensors
@@ -53,7 +54,9 @@ class Tile:
         self.read = READ + (affine if per_element else ())
         self.written = WRITTEN + (AFFINE_WRITTEN if per_element else ())
         self.block = a["BLOCK"]
-        self.bytes_per_thread = max(math.prod(self.block) // (report.warps * warp_size), 1) * self.itemsize
+        self.ctas = report.ctas
+        threads = report.ctas * report.warps * warp_size
+        self.bytes_per_thread = max(math.prod(self.block) // threads, 1) * self.itemsize
 
     @staticmethod
     def of(report: Report, warp_size: int) -> "Tile | None":
@@ -63,12 +66,15 @@ class Tile:
     @property
     def text(self) -> str:
         order = "channels_last" if self.transposed else "contiguous"
-        return f"{' x '.join(map(str, self.block))} {order}"
+        return f"{' x '.join(map(str, self.block))} {order}" + (f", {self.ctas} CTAs" if self.ctas > 1 else "")
 
     @property
     def aligned(self) -> bool:
         """Whether every run of neighbours in memory is at least 16 bytes and ends on 16 bytes."""
-        along, across = (self.a["G"], self.block.R) if self.transposed else (self.a["S"], self.block.S)
+        norm = self.a["NORM"]
+        # A program that holds groups starts with the first channel of one.
+        channels = norm.GROUP if norm.SPAN > 1 else self.a["G"]
+        along, across = (channels, self.block.R) if self.transposed else (self.a["S"], self.block.S)
         whole = along * self.itemsize % VECTOR == 0 and across * self.itemsize >= VECTOR
         return whole and (self.transposed or self.a["x_s"] == 1)
 
@@ -107,15 +113,15 @@ def _widths(counts: dict[int, int]) -> str:
     return " ".join(f"{count}x{bits}" for bits, count in sorted(counts.items(), reverse=True))
 
 
-def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress) -> list[Row]:
-    """One row per distinct configuration, in the order of first use."""
+def rows(target: str, work: Sequence[tuple[Shape, str]], progress: Progress, in_clusters: bool = False) -> list[Row]:
+    """One row per distinct configuration, in the order of first use; or of those alone that run in clusters."""
     found: dict[tuple, Row] = {}
     warp_size = TARGETS[target].gpu.warp_size
     for shape, dtype in work:
         progress(f"{target} {shape.name} {dtype}")
-        with compiling(target) as reports, kernels_for_cpu_tensors():
+        with clusters(in_clusters), compiling(target) as reports, kernels_for_cpu_tensors():
             exercise(shape, DTYPES[dtype])
-        for report in reports:
+        for report in reports if not in_clusters else [report for report in reports if report.ctas > 1]:
             tile = Tile.of(report, warp_size)
             row = {
                 "target": target, "kernel": report.kernel, "dtype": dtype, "tile": tile.text if tile else "",
@@ -143,6 +149,8 @@ def parser() -> Parser:
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="the short list of shapes: under a minute")
+    add("--clusters", action="store_true",
+        help="only what runs in clusters by the tuner's plans, of rows that are split otherwise")  # fmt: skip
     add("--check", action="store_true", help="exit with 1 if any verdict is not ok")
     add("--out", type=Path, metavar="CSV", help="write every row to this file")
     return parser
@@ -162,7 +170,7 @@ def run(arguments) -> int:
     progress = Progress(len(targets) * len(work))
     start, found = time.monotonic(), []
     for target in targets:
-        found += rows(target, work, progress)
+        found += rows(target, work, progress, arguments.clusters)
         if arguments.out:
             common.write_csv(arguments.out, FIELDS, found)
     progress.clear()

@@ -38,7 +38,8 @@ class Target(NamedTuple):
 
 
 def _nvidia(capability: int, card: str, shared_kib: int, *of_device: int) -> Target:
-    return Target(GPUTarget("cuda", capability, 32), _device(32, *of_device), card, shared_kib * 2**10)
+    device = replace(_device(32, *of_device), cluster=devices.clusters(divmod(capability, 10)))
+    return Target(GPUTarget("cuda", capability, 32), device, card, shared_kib * 2**10)
 
 
 def _amd(architecture: str, card: str, shared_kib: int, *of_device: int) -> Target:
@@ -98,6 +99,8 @@ class Report:
     loads: dict[int, int]
     stores: dict[int, int]
     grid: tuple[int, ...] = ()
+    #: Of a program, more than one in a thread-block cluster.
+    ctas: int = 1
     #: What the compiler said, where it failed: the figures are 0 then.
     error: str = ""
     #: What the kernel was launched with, by name.
@@ -125,7 +128,8 @@ def compiling(target: str) -> Iterator[list[Report]]:
             # Each compiler has exceptions of its own. A launch that fails is a finding: the others are compiled too.
             failed = f"{type(error).__name__}: {error}".splitlines()[0]
             report = Report(kernel.__name__, launch._options["num_warps"], 0, 0, 0, 0, {}, {}, error=failed)
-        reports.append(replace(report, grid=launch._grid, arguments=named, compiled=compiled))
+        ctas = launch._options.get("num_ctas", 1)
+        reports.append(replace(report, grid=launch._grid, ctas=ctas, arguments=named, compiled=compiled))
 
     triton.runtime.driver.set_active(StubDriver(target))
     # A change of the mode also has calls forgotten that were bound for another target.

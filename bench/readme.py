@@ -1,10 +1,11 @@
 """Writes the measured parts of README.md from the committed results. ``python -m bench.readme``.
 
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
-``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``), the host's times from
-``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), and what compiles for which GPU from
-``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
-float16,bfloat16,float32 --out`` that). Nothing is typed by hand.
+``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``; with ``--clusters --all``
+``traffic-clusters.csv``), modelled times from ``bench/results/roofline.csv`` (``python -m bench.roofline --out`` that),
+the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), and what
+compiles for which GPU from ``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets
+all --dtypes float16,bfloat16,float32 --out`` that). Nothing is typed by hand.
 """
 
 import csv
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import common, plot
+from . import common, plot, roofline
 from .common import ROOT, Parser, UserError
 from .offline import TARGETS
 from .run import JSON
@@ -32,6 +33,7 @@ HOST_HEADER = (
     "layer", "forward, µs", "in launches", "unfused", "no_grad", "forward + backward, µs", "in launches", "unfused"
 )  # fmt: skip
 KERNEL_HEADER = ("target", "a card", "kernels", "without a fault", "most registers", "most shared memory", "faults")
+MODELLED_HEADER = ("shape, dtype, direction, kernel: limit", "kernels", "modelled time / memory's", "why")
 TRAFFIC_HEADER = ("shape", "what", "direction", "launches", "bytes per element", "fewest possible", "PyTorch eager")
 
 
@@ -64,9 +66,14 @@ def times(results: Path, readme: Path) -> Iterator[str]:
                 yield f"![{title}]({Path(os.path.relpath(path.parent / name, readme.parent)).as_posix()})"
 
 
-def traffic(results: Path) -> Iterator[str]:
+def clusters(results: Path) -> Iterator[str]:
+    """Totals of the bytes that plans for thread-block clusters move."""
+    yield from traffic(results, "traffic-clusters.csv")
+
+
+def traffic(results: Path, name: str = "traffic.csv") -> Iterator[str]:
     """Totals of the counted bytes."""
-    path = results / "traffic.csv"
+    path = results / name
     if not path.exists():
         yield "Nothing has been counted yet."
         return
@@ -80,6 +87,32 @@ def traffic(results: Path) -> Iterator[str]:
             for row in rows
         ],
     )
+
+
+def modelled(results: Path) -> Iterator[str]:
+    """How many kernels are within the limit by the model, and for what reasons others are not."""
+    path = results / "roofline.csv"
+    if not path.exists():
+        yield "Nothing has been modelled yet."
+        return
+    with path.open() as file:
+        rows = [row | {key: float(row[key]) for key in ("bytes", "ratio")} for row in csv.DictReader(file)]
+    large = [row for row in rows if row["kernel"] != roofline.TOTAL and row["bytes"] >= roofline.BYTES]
+    beyond = [row for row in large if row["ratio"] > roofline.BEYOND]
+    yield (
+        f"Of {len(large)} kernels that move 8 MiB or more, over all shapes in float16 and float32, "
+        f"{len(large) - len(beyond)} are within {roofline.BEYOND} times the time that memory takes. The others:"
+    )
+    yield ""
+    lines = []
+    for known in roofline.KNOWN:
+        # Each is told once, by the first that knows it: the last ones are for what remains.
+        ratios = [row["ratio"] for row in beyond if known.covers(row)]
+        beyond = [row for row in beyond if not known.covers(row)]
+        if ratios:
+            lines.append((f"`{known.pattern}`", str(len(ratios)), f"{min(ratios):.1f}-{max(ratios):.1f}", known.reason))
+    lines += [(f"{row['shape']} {row['kernel']}", "1", f"{row['ratio']:.1f}", "unexplained") for row in beyond]
+    yield from markdown(MODELLED_HEADER, lines)
 
 
 def host(results: Path) -> Iterator[str]:
@@ -163,6 +196,8 @@ def run(arguments) -> int:
         raise UserError(f"cannot read {arguments.readme}: {error.strerror or error}") from error
     text = replaced(old, "times", times(arguments.results, arguments.readme))
     text = replaced(text, "traffic", traffic(arguments.results))
+    text = replaced(text, "clusters", clusters(arguments.results))
+    text = replaced(text, "modelled", modelled(arguments.results))
     text = replaced(text, "host", host(arguments.results))
     text = replaced(text, "kernels", kernels(arguments.results))
     if arguments.check:

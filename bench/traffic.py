@@ -2,7 +2,7 @@
 
 Shapes are cut in batch and channels to what the interpreter can do, as long as the plans keep their regime; a kernel's
 bytes per element depend on little else. Where rows share what they read and sum, the GPU that plans are made for is cut
-as well.
+as well. The CTAs of a cluster are counted as the one program that they are to Triton, phase after phase.
 """
 
 import os
@@ -26,9 +26,10 @@ from triton_norm.launching import devices
 from triton_norm.ops.backend import INTERPRETED
 from triton_norm.spec import PER_COLUMN
 from triton_norm.tuning.candidates import Work
-from triton_norm.tuning.plan import Device
+from triton_norm.tuning.plan import MOST_CTAS, Device, Plan
 
 from . import common, passes, shapes
+from .clusters import clusters
 from .common import Parser, UserError
 from .counting import counting
 from .layers import Fused, build, parameter_dtype
@@ -42,7 +43,7 @@ FIELDS = (
 ELEMENTS = 2**18
 TOTAL = "total"
 #: An H100's plans, not those for the handful of programs that the interpreter otherwise gets.
-DEVICE = Device()
+DEVICE = Device(cluster=MOST_CTAS)
 
 Row = dict[str, object]
 
@@ -67,7 +68,8 @@ class _Operators(TorchDispatchMode):
         return result
 
 
-def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
+def _plans(shape: Shape, dtype: torch.dtype) -> tuple[Plan, ...]:
+    """Forward and backward."""
     x = shape.laid_out(torch.empty(shape.shape, dtype=dtype, device="meta"))
     extra = "residual" if shape.residual else "none"
     kind, reduce = shape.kind, True
@@ -78,9 +80,13 @@ def _regimes(shape: Shape, dtype: torch.dtype) -> tuple[str, ...]:
     affine = "element" if shape.form == "element" else "column" if kind in PER_COLUMN else "row"
     geometry = view(kind, shape.shape, x.stride(), x.stride(), width)
     return tuple(
-        Work(geometry, dtype.itemsize, backward, reduce, extra, DEVICE, affine).heuristic().regime
+        Work(geometry, dtype.itemsize, backward, reduce, extra, DEVICE, affine).heuristic()
         for backward in (False, True)
     )
+
+
+def _regimes(shape: Shape, dtype: torch.dtype) -> list[tuple[str, bool]]:
+    return [(plan.regime, plan.ctas > 1) for plan in _plans(shape, dtype)]
 
 
 def reduced(shape: Shape, dtype: torch.dtype, elements: int = ELEMENTS) -> Shape:
@@ -198,6 +204,8 @@ def parser() -> Parser:
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), default=["float16"], metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16)")  # fmt: skip
     add("--all", action="store_true", help="every shape, not only the short list: minutes")
+    add("--clusters", action="store_true",
+        help="only shapes whose rows are split otherwise, in clusters by the tuner's plans")  # fmt: skip
     add("--kernels", action="store_true", help="print every kernel, not only the totals")
     add("--out", type=Path, metavar="CSV", help="write every row to this file")
     return parser
@@ -212,7 +220,12 @@ def run(arguments) -> int:
         raise UserError("no shape has such a name")
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
-    found = collect(chosen, arguments.dtypes)
+    with clusters(arguments.clusters):
+        if arguments.clusters:
+            dtypes = [DTYPES[name] for name in arguments.dtypes]
+            held = [any(plan.ctas > 1 for dtype in dtypes for plan in _plans(shape, dtype)) for shape in chosen]
+            chosen = [shape for shape, is_held in zip(chosen, held, strict=True) if is_held]
+        found = collect(chosen, arguments.dtypes)
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, found)
     print(table(HEADER, summary(found)))

@@ -29,6 +29,9 @@ PADDED = [(1, 64, 64, 64), (1, 128, 128, 128), (1, 64, 256, 256)]
 GROUPS = [((4, 64, 32, 32), 2), ((2, 320, 64, 64), 10), ((8, 1280, 16, 16), 40), ((2, 128, 128, 128), 4)]
 #: Rows of layer and RMS norms.
 ROWS = [(8192, 96), (4096, 768), (2048, 4096), (1024, 8192), (64, 65536)]
+#: Of norms of a sum, and of those with a scale and shift for each sample, or each token, of (N, T, D).
+SUMS = [(4096, 768), (2048, 4096), (1024, 8192)]
+MODULATED = [(16, 256, 1152), (2, 4096, 3072), (2, 1024, 8192)]
 POSITIONS = [(8, 96, 56, 56), (4, 768, 8, 8)]
 #: With a weight and a bias per element, or per sample and channel.
 WIDE = [(1, 64, 128, 128), (2, 256, 32, 32)]
@@ -43,7 +46,7 @@ RELEASE = ".".join(triton.__version__.split(".")[:2])
 
 def compile_case(
     target: str, kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
-    width: int = 0, affine: str = "channel", activation: str = "relu",
+    width: int = 0, affine: str = "channel", activation: str = "relu", added: bool = False,
 ) -> list[dict]:  # fmt: skip
     x = torch.empty(shape, dtype=dtype, device="meta")
     if len(shape) == 4:
@@ -51,29 +54,33 @@ def compile_case(
     if affine == "element":
         weight = x
     else:
-        weight = torch.empty({"sample": shape[:2], "column": (width,)}.get(affine, shape[1:2]), device="meta")
+        sizes = {"sample": shape[:2], "column": (width,), "columns": (shape[0], 1, width)}
+        weight = torch.empty(sizes.get(affine, shape[1:2]), device="meta")
     bias = None if kind == "rms" else weight
     running = count = None
     if kind == "batch" and affine == "channel":
         running, count = weight, torch.empty((), dtype=torch.int64, device="meta")
-    extra = x if residual else None
+    extra, addend = x if residual else None, x if added else None
     argument = {"group": shape[1] // (width or 1), "channels": shape[1:2]}.get(kind, (width,) if width else None)
-    spec = Spec(kind, argument, True, 0.1, 1e-5, activation, padding=padding)
+    modulated = affine in ("columns", "element") and width > 0
+    spec = Spec(
+        kind, argument, True, 0.1, 1e-5, activation, padding=padding, unit_offset=modulated, return_sum=added
+    )  # fmt: skip
     keep_bits = (residual or affine == "element") and activation == "relu"
     with compiling(target) as reports:
-        y, statistics, bits, _ = bound.forward(
-            spec, Operands(x, weight, bias, extra, None, running, running, count), keep_bits
+        y, statistics, bits, total = bound.forward(
+            spec, Operands(x, weight, bias, extra, None, running, running, count, addend), keep_bits
         )
         bound.backward(
-            spec, Operands(x, weight, bias, extra if bits is None else None), Saved(y, None, statistics, bits),
+            spec, Operands(x, weight, bias, extra if bits is None else None), Saved(y, total, statistics, bits),
             (True, True, bias is not None, residual, False),
         )  # fmt: skip
     case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}
-    case |= {"affine": affine, "residual": residual, "padding": padding}
+    case |= {"affine": affine, "residual": residual, "padding": padding, "added": added}
     case["case"] = " ".join(filter(None, (
         kind, "x".join(map(str, shape)), layout, str(dtype).removeprefix("torch."), residual and "residual",
         padding and f"padding={padding}", width and f"width={width}", affine != "channel" and affine,
-        activation != "relu" and activation,
+        activation != "relu" and activation, added and "added",
     )))  # fmt: skip
     kept = ("kernel", "warps", *FIGURES, "loads", "stores")
     rows, launches = [], Counter()
@@ -106,6 +113,11 @@ def cases() -> Iterator[tuple]:
         for dtype, residual in both(index):
             kind, activation = (("layer", "relu"), ("rms", "silu"), ("layer", "silu"))[index % 3]
             yield kind, shape, "", dtype, residual, 0, shape[1], "column", activation
+    for index, (shape, kind) in enumerate(itertools.product(SUMS, ("layer", "rms"))):
+        yield kind, shape, "", torch.float16, index % 4 == 3, 0, shape[1], "column", "identity", True
+    yield "rms", SUMS[1], "", torch.float32, False, 0, SUMS[1][1], "column", "identity", True
+    for shape, (kind, affine) in itertools.product(MODULATED, (("layer", "columns"), ("rms", "element"))):
+        yield kind, shape, "", torch.float16, False, 0, shape[-1], affine, "identity"
     for index, (shape, layout) in enumerate(itertools.product(POSITIONS, LAYOUTS)):
         for dtype, residual in both(index // 2):
             yield "channels", shape, layout, dtype, residual

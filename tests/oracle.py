@@ -106,15 +106,19 @@ class Arguments:
     unbiased: bool = False
     #: The result's dtype; None for x's.
     out: torch.dtype | None = None
+    #: Of "layer" and "rms": added to x before the norm, and whether the sum is a result too.
+    pre_residual: Tensor | None = None
+    return_sum: bool = False
 
 
 @dataclass
 class Result:
     y: Tensor
-    #: Of x, weight, bias, residual and slope, as far as they are there.
+    #: Of x, pre_residual, weight, bias, residual and slope, as far as they are there.
     gradients: dict[str, Tensor]
     running_mean: Tensor | None
     running_var: Tensor | None
+    total: Tensor | None = None
 
 
 def arguments(
@@ -129,10 +133,13 @@ def arguments(
     residual_dtype: torch.dtype | None = None,
     seed: int = 0,
     form: str = "channel",
+    leading: tuple[int, ...] = (),
+    pre_residual: bool | torch.dtype = False,
     **more,
 ) -> Arguments:
     """Random arguments; ``affine`` is "both", "weight", "bias" or "none", ``form`` one number per "channel", "sample"
-    (and channel) or "element"."""
+    (and channel) or "element". Of "layer" and "rms", ``leading`` are sizes in front of the affine's, and
+    ``pre_residual`` says whether there is one, or of what dtype."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(size, scale=1.0, offset=0.0, dtype=dtype):
@@ -141,7 +148,8 @@ def arguments(
     parameter_dtype = parameter_dtype or dtype
     made = Arguments(kind, normal(shape, 1.5, 0.5), **more)
     if kind in ROWS:
-        made.normalized_shape = size = made.normalized_shape or shape[-1:]
+        made.normalized_shape = made.normalized_shape or shape[-1:]
+        size = (*leading, *made.normalized_shape)
     else:
         size = {"channel": shape[1:2], "sample": shape[:2], "element": shape}[form]
     if affine in ("both", "weight"):
@@ -150,6 +158,11 @@ def arguments(
         made.bias = normal(size, 0.5, 0.0, parameter_dtype)
     if residual:
         made.residual = normal(shape, dtype=residual_dtype or dtype)
+    if pre_residual is not False:
+        made.pre_residual = normal(shape, dtype=dtype if pre_residual is True else pre_residual)
+        if dtype == torch.bfloat16:
+            # Triton's interpreter cuts off what it should round: sums that are exact.
+            made.x, made.pre_residual = (t.mul(16).round().div(16) for t in (made.x, made.pre_residual))
     if statistics:
         made.running_mean = normal(shape[1], 0.5, 0.0, parameter_dtype)
         made.running_var = normal(shape[1], 0.2, 0.0, parameter_dtype).abs() + 0.5
@@ -158,14 +171,19 @@ def arguments(
 
 def expected(a: Arguments) -> tuple[Result, Tensor]:
     """The float64 answer, and the gradient that was sent into y."""
-    x, weight, bias, residual, mean, var = map(
-        _double, (a.x, a.weight, a.bias, a.residual, a.running_mean, a.running_var)
+    x, weight, bias, residual, mean, var, pre_residual = map(
+        _double, (a.x, a.weight, a.bias, a.residual, a.running_mean, a.running_var, a.pre_residual)
     )
     slope = _double(a.activation.weight) if isinstance(a.activation, nn.PReLU) else None
     leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
-    leaves = {name: t.requires_grad_() for name, t in leaves.items() if t is not None}
+    leaves = {name: t.requires_grad_() for name, t in {**leaves, "pre_residual": pre_residual}.items() if t is not None}
 
-    z = _normalized(a, x, mean, var)
+    total = x
+    if pre_residual is not None:
+        # What is normalized has been rounded, which has no derivative.
+        total = x + pre_residual
+        total = total + (total.to(a.x.dtype).double() - total).detach()
+    z = _normalized(a, total, mean, var)
     if weight is not None:
         factor = weight if a.kind in ROWS else broadcast(weight, x)
         z = z * (1 + factor if a.unit_offset else factor)
@@ -184,8 +202,14 @@ def expected(a: Arguments) -> tuple[Result, Tensor]:
     smooth = torch.stack([(z.detach() - kink).abs() > margin for kink in _KINKS]).all(0).double()
     y, smooth = (pad(t, a.padding, a.padding_mode) for t in (y, smooth))
     dy = (torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * smooth).to(out)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy.double())
-    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var), dy
+    ends, upstream = ([y, total], [dy.double(), _of_sum(a).double()]) if a.return_sum else (y, dy.double())
+    gradients = torch.autograd.grad(ends, list(leaves.values()), upstream)
+    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var, total.detach()), dy
+
+
+def _of_sum(a: Arguments) -> Tensor:
+    """The gradient that is sent into the sum."""
+    return torch.randn(a.x.shape, generator=torch.Generator().manual_seed(2)).to(a.x.dtype)
 
 
 def _normalized(a: Arguments, x: Tensor, mean: Tensor | None, var: Tensor | None) -> Tensor:
@@ -220,6 +244,10 @@ def call(
     fused.setdefault("activation", a.activation)
     if a.out is not None:
         fused["dtype"] = a.out
+    if a.unit_offset:
+        fused["unit_offset"] = True
+    if a.return_sum:
+        fused["return_sum"] = True
     if a.kind in ROWS:
         if a.kind == "rms":
             return functional.rms_norm(x, a.normalized_shape, weight, a.eps, **fused)
@@ -227,7 +255,6 @@ def call(
     fused = {"padding": a.padding, "padding_mode": a.padding_mode, **fused}
     if a.kind == "channels":
         return functional.channel_norm(x, x.shape[1:2], weight, bias, a.eps, **fused)
-    fused["unit_offset"] = a.unit_offset
     if a.kind == "group":
         return functional.group_norm(x, a.num_groups, weight, bias, a.eps, **fused)
     if a.unbiased:
@@ -238,16 +265,19 @@ def call(
 
 def actual(a: Arguments, dy: Tensor) -> Result:
     """What triton_norm makes of it, on copies of the running statistics."""
-    x, weight, bias, residual = (
-        None if t is None else t.detach().requires_grad_() for t in (a.x, a.weight, a.bias, a.residual)
+    x, weight, bias, residual, pre_residual = (
+        None if t is None else t.detach().requires_grad_() for t in (a.x, a.weight, a.bias, a.residual, a.pre_residual)
     )
     slope = a.activation.weight if isinstance(a.activation, nn.PReLU) else None
     leaves = {"x": x, "weight": weight, "bias": bias, "residual": residual, "slope": slope}
-    leaves = {name: t for name, t in leaves.items() if t is not None}
+    leaves = {name: t for name, t in {**leaves, "pre_residual": pre_residual}.items() if t is not None}
     mean, var = (None if s is None else s.clone() for s in (a.running_mean, a.running_var))
-    y = call(a, x, mean, var, weight, bias, residual=residual)
-    gradients = torch.autograd.grad(y, list(leaves.values()), dy.to(y.device))
-    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var)
+    more = {} if pre_residual is None else {"pre_residual": pre_residual}
+    y = call(a, x, mean, var, weight, bias, residual=residual, **more)
+    y, total, upstream = (*y, [dy, _of_sum(a)]) if a.return_sum else (y, None, [dy])
+    ends = [t for t in (y, total) if t is not None]
+    gradients = torch.autograd.grad(ends, list(leaves.values()), [d.to(y.device) for d in upstream])
+    return Result(y.detach(), dict(zip(leaves, gradients, strict=True)), mean, var, total)
 
 
 def check(a: Arguments) -> Result:
@@ -257,11 +287,16 @@ def check(a: Arguments) -> Result:
     dtype, out = a.x.dtype, a.out or a.x.dtype
     assert got.y.dtype == out
     assert_close(got.y, want.y, out, "output")
+    if a.return_sum:
+        assert got.total.dtype == dtype
+        assert torch.equal(got.total.cpu().double(), want.total), "the sum is not x + pre_residual, rounded"
     assert got.gradients.keys() == want.gradients.keys()
     for name, gradient in got.gradients.items():
-        if gradient.shape == a.x.shape and name in ("x", "residual"):
+        if gradient.shape == a.x.shape and name in ("x", "residual", "pre_residual"):
             assert gradient.dtype == getattr(a, name).dtype
-            assert_close(gradient, want.gradients[name], gradient.dtype, f"gradient of {name}")
+            # That of the sum has x's dtype before it has the addend's.
+            coarser = max(gradient.dtype, dtype, key=TOLERANCES.get) if name == "pre_residual" else gradient.dtype
+            assert_close(gradient, want.gradients[name], coarser, f"gradient of {name}")
         else:
             assert_close_as_vectors(gradient, want.gradients[name], dtype, f"gradient of {name}")
     for name in ("running_mean", "running_var"):

@@ -57,7 +57,7 @@ def _worse(rows: list[dict]) -> list[str]:
 def _allowed_spill(row: dict) -> int:
     """None, but for the longest rows whose parameters' gradients are summed: reading those twice would cost more."""
     longest = row["affine"] == "column" and row["width"] > 4096 and row["kernel"] == "persistent_backward"
-    return 64 if longest else 0
+    return 64 if longest and not row["added"] else 0
 
 
 def _full_width(row: dict) -> bool:
@@ -90,3 +90,33 @@ def _too_long_to_be_wide(row: dict) -> bool:
     uneven = row["kind"] == "group" and row["width"] & (row["width"] - 1)
     full = row["rows"] * columns >= 4096
     return uneven or (full and row["rows"] * row["itemsize"] < 16)
+
+
+def test_contraction_is_said_at_every_launch(tmp_path):
+    """Nobody's warning that a default will change, and the same code whatever it is."""
+    code = """
+import warnings
+warnings.simplefilter("error")
+from unittest import mock
+import offline_cases, torch
+from bench import offline
+
+reports, inspect = [], offline.inspect
+with mock.patch.object(offline, "inspect", lambda compiled: reports.append(compiled) or inspect(compiled)):
+    rows = offline_cases.compile_case("sm_90", "instance", (4, 16, 8, 8), "NCHW", torch.float32, True)
+assert len(rows) == len(reports) > 1
+for compiled in reports:
+    # No lines that name the files of this machine.
+    print(*(line for line in compiled.asm["ptx"].splitlines() if not line.strip().startswith((".loc", ".file"))))
+"""
+    texts = []
+    for number, value in enumerate((None, "0", "1")):
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+        environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path / str(number))}
+        if value is not None:
+            environment["TRITON_DEFAULT_FP_FUSION"] = value
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-2000:]
+        texts.append(done.stdout)
+    assert texts[0] == texts[1] == texts[2]
+    assert "fma.rn.f32" in texts[0]

@@ -122,16 +122,22 @@ def layer_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    pre_residual: Tensor | None = None,
+    return_sum: bool = False,
+    unit_offset: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Result:
     """``activation(layer_norm(input) * weight + bias + residual)`` in one pass over ``input`` (*, *normalized_shape).
 
     The first five arguments are those of ``torch.nn.functional.layer_norm``; dtypes, strides, residual, activation
     dtype and errors are as in ``batch_norm``, and autocast as in ``group_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
-    return normalize(spec, input, weight, bias, residual, slope, None, None, None)
+    spec = Spec(
+        "layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
+        return_sum=return_sum,
+    )  # fmt: skip
+    return normalize(spec, input, weight, bias, residual, slope, None, None, None, pre_residual)
 
 
 def rms_norm(
@@ -142,16 +148,22 @@ def rms_norm(
     *,
     residual: Tensor | None = None,
     activation: None | str | nn.Module = None,
+    pre_residual: Tensor | None = None,
+    return_sum: bool = False,
+    unit_offset: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+) -> Result:
     """``activation(rms_norm(input) * weight + residual)`` in one pass over ``input`` (*, *normalized_shape).
 
     The first four arguments are those of ``torch.nn.functional.rms_norm``: without ``eps``, it is that of float32, and
     of float64 for float64 input. Everything else is as in ``layer_norm``.
     """
     name, numbers, slope = resolve(activation)
-    spec = Spec("rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, dtype=named(dtype))
-    return normalize(spec, input, weight, None, residual, slope, None, None, None)
+    spec = Spec(
+        "rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
+        return_sum=return_sum,
+    )  # fmt: skip
+    return normalize(spec, input, weight, None, residual, slope, None, None, None, pre_residual)
 
 
 def channel_norm(

@@ -99,13 +99,17 @@ def merge(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     return merged
 
 
-def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...], width: int = 0) -> Geometry | None:
+def view(
+    kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ...], width: int = 0,
+    kept: tuple[int, ...] = (),
+) -> Geometry | None:  # fmt: skip
     """The geometry of ``kind`` on a (N, C, *spatial) tensor or, for "layer" and "rms", on one of any shape.
 
     ``width`` is the number of channels in a group, of "group" and of "planes" that are to be group-normalized, or the
     number of elements that "layer" and "rms" reduce over. x and y are the strides of the input and of the dense
-    tensors; for planes, of the input and everything laid out like it, and of the padded tensor. None where rows or
-    columns need more than two dimensions, as after cropping a volume in several directions: make the input dense then.
+    tensors; for planes, of the input and everything laid out like it, and of the padded tensor. ``kept`` are leading
+    dimensions along which a weight per column varies: they are A then, and the other ones G. None where rows or columns
+    need more than two dimensions, as after cropping a volume in several directions: make the input dense then.
     """
     dims = list(zip(shape, x, y, strict=True))
     if kind == "planes":
@@ -115,6 +119,11 @@ def view(kind: str, shape: tuple[int, ...], x: tuple[int, ...], y: tuple[int, ..
         leading = _leading(shape, width)
         # An affine's parameters lie in the order of the dimensions, so these columns stay in it.
         rows, columns = merge(dims[:leading]), merge(dims[leading:])
+        if kept:
+            parts = [merge([dims[d] for d in range(leading) if (d in kept) == own]) for own in (True, False)]
+            if any(len(part) > 1 for part in parts):
+                return None
+            rows = [part[0] if part else (1, 0, 0) for part in parts]
     else:
         samples, channel, spatial = dims[0], dims[1], dims[2:]
         if kind == "channels":

@@ -31,7 +31,7 @@ BY_CHANNEL = ("batch", "instance", "group")
 
 
 class Spec(NamedTuple):
-    """``pad(activation(norm(x) * weight + bias + residual))``, but for its operands: plain numbers and words.
+    """``pad(activation(norm(x + pre_residual) * weight + bias + residual))``, but for its operands: numbers and words.
 
     Part of the key of every look-up, kept by autograd, given to ``torch.library`` ops as text. Fields are what a user
     says, in torch's words: what follows from them and the operands' shapes is settled when a call is bound.
@@ -60,6 +60,8 @@ class Spec(NamedTuple):
     correction: int = 0
     #: The name of the result's dtype; None is x's.
     dtype: str | None = None
+    #: Whether the result is (that, x + pre_residual), the sum in x's dtype.
+    return_sum: bool = False
     #: Of "batch" alone: the name of the process group whose ranks take their statistics together.
     process_group: str | None = None
 
@@ -120,3 +122,5 @@ class Operands(NamedTuple):
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     count: Tensor | None = None
+    #: Added to x before the norm, of ROWS alone; the sum is rounded to x's dtype.
+    pre_residual: Tensor | None = None

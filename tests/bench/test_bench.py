@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import contenders, host, kernels, layers, passes, plot, readme, run, session, shapes, traffic
+from bench import contenders, host, kernels, layers, passes, plot, readme, roofline, run, session, shapes, traffic
 from bench.offline import Report
 from bench.shapes import Shape
 from triton_norm.kernels.structs import Block, Norm
@@ -355,7 +355,7 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-SECTIONS = ("host", "kernels", "times", "traffic")
+SECTIONS = ("clusters", "host", "kernels", "modelled", "times", "traffic")
 README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
 
 
@@ -392,6 +392,19 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     line = "| sm_75 | T4 | 2 | 1 | 255 | 2 of 64 KiB | normalize float32 of a-shape: spill of 24 bytes |"
     assert f"**Triton 1.2**:\n\n{'| ' + ' | '.join(readme.KERNEL_HEADER) + ' |'}\n" in page.read_text()
     assert line in page.read_text()
+
+    pattern, reason = roofline.KNOWN[-1].pattern, roofline.KNOWN[-1].reason
+    row = {"shape": "a-shape", "dtype": "float16", "direction": "forward", "bytes": roofline.BYTES}
+    fine = row | {"kernel": "normalize", "limit": "memory", "ratio": 1.05}
+    waits = row | {"kernel": "gradient", "limit": pattern.removeprefix("*: "), "ratio": 1.5}
+    strange = row | {"kernel": "strange", "limit": "mufu", "ratio": 2.25}
+    small = strange | {"bytes": roofline.BYTES - 1}
+    total = strange | {"kernel": roofline.TOTAL}
+    roofline.common.write_csv(results / "roofline.csv", roofline.FIELDS, [fine, waits, strange, small, total])
+    assert readme.main(arguments) == 0
+    text = page.read_text()
+    assert "Of 3 kernels that move 8 MiB or more, over all shapes in float16 and float32, 1 are within 1.3 " in text
+    assert f"| `{pattern}` | 1 | 1.5-1.5 | {reason} |\n| a-shape strange | 1 | 2.2 | unexplained |" in text
 
 
 def test_the_readme_is_up_to_date():

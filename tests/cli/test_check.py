@@ -22,7 +22,7 @@ ALL = list(cases.cases(on_gpu=False, quick=False))
 def chosen(monkeypatch):
     """The cases that are run; one of each family."""
     found = [next(of) for _, of in groupby(ALL, lambda case: case.family)]
-    monkeypatch.setattr(cases, "cases", lambda on_gpu, quick: found)
+    monkeypatch.setattr(cases, "cases", lambda on_gpu, quick, clusters: found)
     return found
 
 
@@ -91,9 +91,9 @@ def test_every_kind_of_fault(chosen, trouble, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("on_gpu", "quick"), [(False, False), (True, False), (False, True)])
 def test_everything_is_met(on_gpu, quick):
-    found = list(cases.cases(on_gpu, quick))
+    found = list(cases.cases(on_gpu, quick, clusters=on_gpu))
     assert {case.kind for case in found} == set(cases.KINDS)
-    assert {case.regime for case in found} == set(REGIMES) - (set() if on_gpu else {"as chosen"})
+    assert {case.regime for case in found} == set(REGIMES) - (set() if on_gpu else {"as chosen", "cluster"})
     assert {case.layout for case in found} == set(LAYOUTS)
     assert {case.activation for case in found} == {*NAMES, "prelu", None}
     assert {case.padding_mode for case in found if case.padding} == set(PADDINGS)
@@ -115,7 +115,7 @@ class Bomb(str):
         return os._exit, (3,)
 if __name__ == "__main__":
     chosen = [cases.Case("good", "layer", (3, 16)), cases.Case("bad", Bomb("layer"), (3, 16))]
-    cases.cases = lambda on_gpu, quick: chosen
+    cases.cases = lambda on_gpu, quick, clusters: chosen
     raise SystemExit(main(["check", "--jobs", "2", "--device", "cpu"]))
 """
 

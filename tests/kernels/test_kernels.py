@@ -145,7 +145,12 @@ FAMILY = {
     "instance, per sample": ("instance", SHAPE, {"form": "sample", "unbiased": True}),
     "instance, per element": ("instance", SHAPE, {"form": "element"}),
     "layer": ("layer", (7, 3, 24), {}),
-    "layer over dims": ("layer", (11, 3, 8), {"normalized_shape": (3, 8)}),
+    "layer over dims": ("layer", (11, 3, 8), {"normalized_shape": (3, 8), "unit_offset": True}),
+    "layer, per sample": ("layer", (3, 7, 24), {"leading": (3, 1), "unit_offset": True}),
+    "layer, per position": ("layer", (3, 7, 24), {"leading": (7,)}),
+    "layer, per token": ("layer", (3, 7, 24), {"leading": (3, 7)}),
+    "layer of a sum": ("layer", (7, 3, 24), {"pre_residual": True, "return_sum": True}),
+    "rms of a sum, per sample": ("rms", (2, 9, 37), {"pre_residual": True, "return_sum": True, "leading": (2, 1)}),
     "rms": ("rms", (19, 37), {}),
     "channels": ("channels", (2, 6, 5, 4), {}),
 }

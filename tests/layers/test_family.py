@@ -52,7 +52,7 @@ def test_affines(backend, case, affine, residual):
 
 
 @pytest.mark.parametrize("affine", ["both", "weight"])
-@pytest.mark.parametrize("case", ["batch", "instance", "group", *WIDE])
+@pytest.mark.parametrize("case", ["batch", "instance", "group", "layer", "rms", *WIDE])
 def test_unit_offset(backend, case, affine):
     """A factor of 1 + weight."""
     check(made(case, backend, affine=affine, residual=True, activation="silu", unit_offset=True))
@@ -283,7 +283,11 @@ def checkable(a):
 
 
 CHECKED = [(case, {}) for case in (*NEW, "batch sample", "instance element")]
-CHECKED += [("group element", {"unit_offset": True}), ("instance sample", {"unbiased": True})]
+CHECKED += [
+    ("group element", {"unit_offset": True}),
+    ("rms", {"unit_offset": True}),
+    ("instance sample", {"unbiased": True}),
+]
 
 
 @pytest.mark.parametrize("i, case, options", [(i, *case) for i, case in enumerate(CHECKED)])

@@ -57,6 +57,12 @@ def _persistent_in_steps(problem: Problem) -> Plan:
     return replace(_persistent(problem), rows=power_of_2(problem.work.geometry.group), steps=2)
 
 
+def _cluster(problem: Problem) -> Plan:
+    """Long rows by as many CTAs as there may be."""
+    ctas = 2 if problem.work.geometry.columns < 2**14 else problem.work.device.cluster
+    return replace(_persistent(problem), rows=power_of_2(problem.work.geometry.group), ctas=ctas)
+
+
 def _folded(problem: Problem) -> Plan:
     g = problem.work.geometry
     return Plan("persistent", 1, 2 * power_of_2(g.K), power_of_2(g.S) // 2, 1, 1, 4, fold=2)
@@ -78,6 +84,7 @@ def _split_in_steps(problem: Problem) -> Plan:
 REGIMES: dict[str, Callable[[Problem], Plan] | None] = {
     "persistent": _persistent,
     "persistent, in steps": _persistent_in_steps,
+    "cluster": _cluster,
     "folded": _folded,
     "split": _split,
     "split, in steps": _split_in_steps,
@@ -136,10 +143,11 @@ def _apart(kind: str) -> tuple[str, ...]:
     return ("split",) if kind == "batch" else ("persistent", "split")
 
 
-def cases(on_gpu: bool, quick: bool) -> Iterator[Case]:
+def cases(on_gpu: bool, quick: bool, clusters: bool = False) -> Iterator[Case]:
     """Every kernel, regime, layout, dtype, activation and padding, but not their product.
 
     Of the pairs of a dtype and a layout each second is met, on a GPU each fourth, since there a case must be compiled.
+    ``clusters`` is whether the GPU has them.
     """
     dtypes = [torch.float32] if quick else list(TOLERANCES)
     activations = ("relu", "silu", None, "leaky_relu", "gelu")
@@ -156,6 +164,10 @@ def cases(on_gpu: bool, quick: bool) -> Iterator[Case]:
                     f"{kind} norm, {regime}", kind, shape, dtype, layout, regime, activations[number % 5],
                     residual=number % 3 == 0, tracks=kind in ("batch", "instance") and number % 2 == 0,
                 )  # fmt: skip
+    for kind in BY_CHANNEL if clusters else ():
+        for shape in (PLANES, (1, 8, 128, 256)):
+            for dtype, layout in zip(dtypes, (*LAYOUTS, "contiguous"), strict=False):
+                yield Case(f"{kind} norm, cluster", kind, shape, dtype, layout, "cluster", residual=shape == PLANES)
     for index, name in enumerate((*NAMES, "prelu")):
         for regime, dtype in (("persistent", torch.float32), ("split", torch.float32 if quick else torch.float16)):
             yield Case(f"activation {name}", ("instance", "batch", "group")[index % 3], PLANES, dtype, "contiguous",

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import AVAILABLE
+from ..launching import devices
 from . import cases, info
 from .demo import Progress, check_out, pick_device, table
 from .info import UserError
@@ -68,7 +69,9 @@ def run(arguments: argparse.Namespace) -> int:
         check_out(arguments.out)
     device = pick_device(arguments.device)
     start = time.monotonic()
-    outcomes = _outcomes(list(cases.cases(device.type == "cuda", arguments.quick)), device, arguments.jobs)
+    on_gpu = device.type == "cuda"
+    clusters = on_gpu and devices.device(device.index or 0).cluster > 1
+    outcomes = _outcomes(list(cases.cases(on_gpu, arguments.quick, clusters)), device, arguments.jobs)
     seconds = time.monotonic() - start
     text = report(outcomes, device, seconds)
     print(text)

@@ -74,8 +74,10 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
     its forward. Sharded afterwards, one whose forward became part of another's would never be gathered.
 
     ``inference=True`` also folds batch norms into the convolutions before them, which copies those convolutions'
-    parameters and removes the batch norms' from the ``state_dict``. Raises ``ValueError`` in training mode.
+    parameters and removes the batch norms' from the ``state_dict``. Raises ``ValueError`` in training mode, and
+    ``TypeError`` for what is no module.
     """
+    _check_model("fuse", model)
     if inference and any(m.training for m in model.modules()):
         raise ValueError("inference=True folds running statistics into convolutions: call model.eval() first")
     if not inplace:
@@ -93,8 +95,18 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
 
 def fuse_report(model: nn.Module) -> FuseReport:
     """What ``fuse`` did to this model, or, for a model that it has not seen, what it would do."""
+    _check_model("fuse_report", model)
     report = model.__dict__.get("_fuse_report")
     return fuse_report(fuse(model)) if report is None else report
+
+
+def _check_model(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}() takes a model, an instance of torch.nn.Module, but got {_described(model)}")
+
+
+def _described(what: object) -> str:
+    return f"the class {what.__name__}" if isinstance(what, type) else f"an object of type {type(what).__name__}"
 
 
 def _shared_copy(model: nn.Module) -> nn.Module:

@@ -15,10 +15,17 @@ def _sigmoid(z):
 
 
 @triton.jit
-def _tanh(z):
-    e = tl.exp(-2.0 * tl.abs(z))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(z < 0, -t, t)
+def _expm1(x):
+    """exp(x) - 1, right to a few roundings also where that is small."""
+    if x.dtype == tl.float64:
+        # Kahan's correction, as below.
+        u = tl.exp(x)
+        rounded = (u == 1.0) | (tl.abs(x) > 1.0)
+        return tl.where(u == 1.0, x, (u - 1.0) * tl.where(rounded, 1.0, x / tl.log(tl.where(rounded, 2.0, u))))
+    else:
+        # The polynomial of least relative error, 9e-8, up to 1/4; beyond, the subtraction costs two bits.
+        small = x + x * x * (((0.008335940 * x + 0.04177419) * x + 0.1666671) * x + 0.4999984)
+        return tl.where(tl.abs(x) < 0.25, small, tl.exp(x) - 1.0)
 
 
 @triton.jit
@@ -81,7 +88,7 @@ def hardtanh_derivative(z, a, b):
 
 @triton.jit
 def elu(z, a, b):
-    return tl.where(z > 0, z, (tl.exp(_negative(z)) - 1.0) * a)
+    return tl.where(z > 0, z, _expm1(_negative(z)) * a)
 
 
 @triton.jit
@@ -91,7 +98,7 @@ def elu_derivative(z, a, b):
 
 @triton.jit
 def celu(z, a, b):
-    return tl.where(z > 0, z, (tl.exp(_negative(z) / a) - 1.0) * a)
+    return tl.where(z > 0, z, _expm1(_negative(z) / a) * a)
 
 
 @triton.jit
@@ -121,15 +128,20 @@ def gelu_derivative(z, a, b):
 
 
 @triton.jit
+def _gelu_gate(z):
+    # (1 + tanh(u)) / 2 is the sigmoid of 2 u.
+    return _sigmoid(z * (1.0 + z * z * 0.044715) * 1.5957691216057307)
+
+
+@triton.jit
 def gelu_tanh(z, a, b):
-    return 0.5 * z * (1.0 + _tanh(z * (1.0 + z * z * 0.044715) * 0.7978845608028653559))
+    return z * _gelu_gate(z)
 
 
 @triton.jit
 def gelu_tanh_derivative(z, a, b):
-    t = _tanh(z * (1.0 + z * z * 0.044715) * 0.7978845608028653559)
-    slope = (1.0 + z * z * 0.134145) * 0.7978845608028653559
-    return 0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * slope
+    s = _gelu_gate(z)
+    return s * (1.0 + z * (1.0 - s) * (1.0 + z * z * 0.134145) * 1.5957691216057307)
 
 
 @triton.jit
@@ -144,22 +156,25 @@ def silu_derivative(z, a, b):
 
 
 @triton.jit
-def _tanh_softplus(z):
-    # tanh(log(1 + e^z)) without the logarithm; beyond 20 it is 1 in float32 and within 1e-17 of it in float64.
-    e = tl.exp(tl.where(z > 20.0, 20.0, z))
-    n = e * (e + 2.0)
-    return n / (n + 2.0)
+def _exp_up_to_20(z):
+    # Mish's gate, tanh(log(1 + e^z)), is n / (n + 2) with n = e^z (e^z + 2): 1 beyond 20, within 1e-17.
+    return tl.exp(tl.where(z > 20.0, 20.0, z))
 
 
 @triton.jit
 def mish(z, a, b):
-    return z * _tanh_softplus(z)
+    e = _exp_up_to_20(z)
+    n = e * (e + 2.0)
+    return z * (n / (n + 2.0))
 
 
 @triton.jit
 def mish_derivative(z, a, b):
-    t = _tanh_softplus(z)
-    return t + z * _sigmoid(z) * (1.0 - t * t)
+    # gate + z gate'. Not by 1 - gate², which a gate that is a rounding off 1 would leave to be multiplied by a large z.
+    e = _exp_up_to_20(z)
+    n = e * (e + 2.0)
+    r = 1.0 / (n + 2.0)
+    return r * (n + z * (4.0 * e * (e + 1.0) * r))
 
 
 @triton.jit
@@ -181,8 +196,10 @@ def sigmoid(z, a, b):
 
 @triton.jit
 def sigmoid_derivative(z, a, b):
-    s = _sigmoid(z)
-    return s * (1.0 - s)
+    # Not s (1 - s), of which nothing is left where s rounds to 1.
+    e = tl.exp(-tl.abs(z))
+    d = 1.0 + e
+    return e / (d * d)
 
 
 @triton.jit
@@ -197,13 +214,14 @@ def logsigmoid_derivative(z, a, b):
 
 @triton.jit
 def tanh(z, a, b):
-    return _tanh(z)
+    m = _expm1(-2.0 * tl.abs(z))
+    t = m / (m + 2.0)
+    return tl.where(z < 0, t, -t)
 
 
 @triton.jit
 def tanh_derivative(z, a, b):
-    t = _tanh(z)
-    return 1.0 - t * t
+    return 4.0 * sigmoid_derivative(2.0 * z, a, b)
 
 
 @triton.jit

@@ -28,14 +28,17 @@ from .tiles import (
     load_statistics,
     load_tile,
     load_weight,
+    of_sample,
     offsets,
     over_group,
     row_block,
     row_length,
+    sample_of,
     statistics_at,
     store_columns,
     store_tile,
     tile_of,
+    walked,
     zeros,
 )
 
@@ -49,8 +52,8 @@ def load_upstream(
         return load_tile(upstream.dy, at, tile, ACC)
     else:
         d = load_folded(upstream.dy, rows, tile, sizes, y_strides, PAD, ACC, LAYOUT)
-        if upstream.dplain is not None:
-            d += load_tile(upstream.dplain, at, tile, ACC)
+        if upstream.dsecond is not None:
+            d += load_tile(upstream.dsecond, at, tile, ACC)
         return d
 
 
@@ -100,6 +103,15 @@ def store_parameters(gradients, sum_dzx, sum_dz, sum_ds, rows, NORM: tl.constexp
             tl.store(gradients.dbias + rows.index, sum_dz, mask=rows.live)
     if gradients.dslope is not None:
         tl.store(gradients.dslope + rows.index, sum_ds, mask=rows.live)
+
+
+@triton.jit
+def store_dx(pointer, upstream, at, tile, value, PAD: tl.constexpr, ACC: tl.constexpr):
+    """The gradient of x or, where something was added to it, of both: the sum's own gradient comes on top."""
+    if PAD is None:
+        if upstream.dsecond is not None:
+            value += load_tile(upstream.dsecond, at, tile, ACC)
+    store_tile(pointer, at, tile, value)
 
 
 @triton.jit
@@ -169,13 +181,13 @@ def differentiate_rows(
         d = d - normalized * mean_dx
         if NORM.CENTERED:
             d = d - mean_d
-        store_tile(gradients.dx, at, tile, d * scale)
+        store_dx(gradients.dx, upstream, at, tile, d * scale, PAD, ACC)
     return dz, normalized
 
 
 @triton.jit
 def persistent_backward(
-    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, sums, weight, bias, slope,
+    x, dy, dsecond, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, sums, weight, bias, slope,
     G, K, S, rows, channels, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
@@ -189,24 +201,26 @@ def persistent_backward(
 
     With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks and writes its share
     of the gradients of weight and bias, which is small against what it reads, to dweight and dbias (programs, columns).
+    See ``sample_of`` for samples with affines of their own.
     """
     # A row so long that one fills the registers leaves none for the bias, which is loaded again for each.
     LONG: tl.constexpr = BLOCK.K * BLOCK.S > 4096 or (residual is not None and BLOCK.K * BLOCK.S > 2048)
-    upstream = Upstream(dy, dplain)
+    upstream = Upstream(dy, dsecond)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
+        a = sample_of(tl.program_id(0), sizes)
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(weight, k, s, sizes, 1.0, ACC)
+        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
         if not LONG:
-            bias_columns = load_columns(bias, k, s, sizes, 0.0, ACC)
+            bias_columns = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         sum_dzx = zeros(BLOCK, ACC)
         sum_dz = zeros(BLOCK, ACC)
-        first = tl.program_id(0) * steps
-        for block in range(first, tl.minimum(first + steps, blocks)):
+        first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
+        for block in range(first, last):
             if LONG:
-                b = load_columns(bias, k, s, sizes, 0.0, ACC)
+                b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
             else:
                 b = bias_columns
             dz, normalized = differentiate_rows(
@@ -240,7 +254,7 @@ def row_total(sums, plane: tl.constexpr, rows, sizes, P, BLOCK_P: tl.constexpr):
 
 @triton.jit
 def gradient(
-    x, dy, dplain, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, mean, variance, sums, partials,
+    x, dy, dsecond, dx, dresidual, dweight, dbias, dslope, residual, bits, statistics, mean, variance, sums, partials,
     weight, bias, slope,
     G, K, S, rows, channels, per_sample, tiles, steps, P,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
@@ -263,7 +277,7 @@ def gradient(
     WEIGHTED: tl.constexpr = NORM.AFFINE != ROW or NORM.GROUP > 1 or (NORM.PER_CHANNEL and per_sample is not None)
     BY_ROW: tl.constexpr = dslope is not None or (NORM.AFFINE == ROW and (dweight is not None or dbias is not None))
     SUMS: tl.constexpr = partials is not None or (sums is None and BY_ROW)
-    upstream = Upstream(dy, dplain)
+    upstream = Upstream(dy, dsecond)
     gradients = Gradients(dx, dresidual, dweight, dbias, dslope)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
@@ -323,8 +337,8 @@ def gradient(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(weight, tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(bias, tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(of_sample(weight, of.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(of_sample(bias, of.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
         if NORM.AFFINE == ROW:
             w = weight_of_row
         else:
@@ -362,7 +376,7 @@ def gradient(
                     scale = rstd * w
                 if NORM.CENTERED:
                     d -= mean_d
-                store_tile(dx, at, tile, (d - normalized * mean_dx) * scale)
+                store_dx(dx, upstream, at, tile, (d - normalized * mean_dx) * scale, PAD, ACC)
     if SUMS:
         row_dx = tl.sum(sums_dx, 1)
         row_d = tl.sum(sums_d, 1)

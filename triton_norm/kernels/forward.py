@@ -12,15 +12,19 @@ from .tiles import (
     load_columns,
     load_rows,
     load_statistics,
+    load_sum,
     load_tile,
     load_weight,
+    of_sample,
     offsets,
     row_block,
     row_length,
+    sample_of,
     statistics_at,
     store_bits,
     store_tile,
     tile_of,
+    walked,
 )
 
 
@@ -55,11 +59,11 @@ def finish(
         store_tile(results.y, at, tile, value)
     else:
         store_own(results.y, value, rows, tile, sizes, y_strides, PAD, LAYOUT)
-        if results.plain is not None:
-            store_tile(results.plain, at, tile, value)
+        if results.second is not None:
+            store_tile(results.second, at, tile, value)
     if results.bits is not None:
         # An activation with a slope keeps none.
-        # In z's dtype, since releases before 3.9 compare with a constant in float32, which is another number in float64.
+        # In z's dtype: releases before 3.9 would compare with a float32 constant, which is another number in float64.
         on = activation.DERIVATIVE(z, activation.P0, activation.P1) != tl.full(z.shape, activation.OFF, z.dtype)
         store_bits(results.bits, on, rows, tile, sizes, BLOCK)
 
@@ -88,14 +92,19 @@ def finish_border(
 
 @triton.jit
 def normalize_rows(
-    block, operands, results, statistics, running, sizes, x_strides, y_strides, activation,
+    block, operands, addend, results, statistics, running, sizes, x_strides, y_strides, activation,
     eps: tl.constexpr, STORE_VARIANCE: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """One block of whole rows, in registers."""
+    """One block of whole rows of x, or of x + addend, in registers."""
     rows = row_block(block, sizes, BLOCK, NORM, LAYOUT)
     tile = tile_of(rows, 0, sizes, BLOCK, LAYOUT)
-    values = load_tile(operands.x, offsets(rows, tile, x_strides, LAYOUT), tile, ACC)
+    x_at = offsets(rows, tile, x_strides, LAYOUT)
+    if addend is None:
+        values = load_tile(operands.x, x_at, tile, ACC)
+    else:
+        sum_at = offsets(rows, tile, y_strides, LAYOUT)
+        values = load_sum(operands.x, addend, results.second, x_at, sum_at, tile, ACC)
     n = row_length(sizes, ACC)
     mean, m2 = moments(values, tile.mask, n, True, PAD is not None, NORM)
     mean, m2 = group_moments(mean, m2, rows.live, n, NORM)
@@ -120,7 +129,7 @@ def normalize_rows(
 
 @triton.jit
 def persistent_forward(
-    x, y, residual, bits, plain, statistics, weight, bias, slope, running_mean, running_var, count,
+    x, addend, y, residual, bits, second, statistics, weight, bias, slope, running_mean, running_var, count,
     momentum, momentum_rest,
     G, K, S, rows, channels, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
@@ -128,32 +137,33 @@ def persistent_forward(
     VALUE: tl.constexpr, DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, OFF: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """R whole rows in registers: one read, one write. Grid (row blocks,).
+    """R whole rows in registers: one read, one write. Grid (row blocks,). With an ``addend``, of x + addend.
 
-    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, so that the affine
-    stays in its registers.
+    With an affine per column, grid (row blocks / steps,): a program goes through ``steps`` blocks, of one sample where
+    samples have affines of their own, so that the affine stays in its registers.
     """
-    results = Results(y, plain, bits)
+    results = Results(y, second, bits)
     running = Running(running_mean, running_var, count, momentum, momentum_rest)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
     if NORM.AFFINE == COLUMN:
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(weight, k, s, sizes, 1.0, ACC)
-        b = load_columns(bias, k, s, sizes, 0.0, ACC)
+        a = sample_of(tl.program_id(0), sizes)
+        w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+        b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
         operands = Operands(x, residual, w, b, slope)
-        first = tl.program_id(0) * steps
-        for block in range(first, tl.minimum(first + steps, blocks)):
+        first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
+        for block in range(first, last):
             normalize_rows(
-                block, operands, results, statistics, running, sizes, x_strides, y_strides,
+                block, operands, addend, results, statistics, running, sizes, x_strides, y_strides,
                 Activation(VALUE, DERIVATIVE, P0, P1, None, OFF),
                 eps, STORE_VARIANCE, BLOCK, NORM, PAD, ACC, LAYOUT,
             )  # fmt: skip
     else:
         operands = Operands(x, residual, weight, bias, slope)
         normalize_rows(
-            tl.program_id(0), operands, results, statistics, running, sizes, x_strides, y_strides,
+            tl.program_id(0), operands, addend, results, statistics, running, sizes, x_strides, y_strides,
             Activation(VALUE, DERIVATIVE, P0, P1, None, OFF),
             eps, STORE_VARIANCE, BLOCK, NORM, PAD, ACC, LAYOUT,
         )  # fmt: skip
@@ -161,7 +171,7 @@ def persistent_forward(
 
 @triton.jit
 def normalize(
-    x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
+    x, y, residual, bits, second, partials, statistics, mean, variance, weight, bias, slope,
     running_mean, running_var, count, momentum, momentum_rest,
     G, K, S, rows, channels, per_sample, tiles, steps, P,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
@@ -174,7 +184,7 @@ def normalize(
 
     Grid (row blocks, P). Programs and tiles run backwards: what the statistics pass read last is still in L2.
     """
-    results = Results(y, plain, bits)
+    results = Results(y, second, bits)
     sizes = Sizes(G, K, S, rows, channels, per_sample, H)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, y_d)
@@ -205,8 +215,8 @@ def normalize(
         w = weight
         b = bias
         if NORM.AFFINE == COLUMN:
-            w = load_columns(weight, tile.k, tile.s, sizes, 1.0, ACC)
-            b = load_columns(bias, tile.k, tile.s, sizes, 0.0, ACC)
+            w = load_columns(of_sample(weight, block.a, sizes), tile.k, tile.s, sizes, 1.0, ACC)
+            b = load_columns(of_sample(bias, block.a, sizes), tile.k, tile.s, sizes, 0.0, ACC)
         finish(
             values, center, rstd, Operands(x, residual, w, b, slope), results, block, tile, at, sizes, y_strides,
             Activation(VALUE, DERIVATIVE, P0, P1, None, OFF), BLOCK, NORM, PAD, ACC, LAYOUT,

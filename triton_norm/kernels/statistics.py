@@ -6,7 +6,7 @@ tiles and programs. E[x²] - E[x]² would lose every digit at mean 1e4 and devia
 
 from . import tl, triton
 from .structs import Running, Sizes, Strides
-from .tiles import load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
+from .tiles import load_sum, load_tile, offsets, over_group, row_block, row_length, row_offsets, tile_of
 
 
 @triton.jit
@@ -37,7 +37,8 @@ def moments(x, live, n, CORRECT: tl.constexpr, ALIKE: tl.constexpr, NORM: tl.con
     m2 = tl.sum(product(centered, centered, ALIKE), 1)
     if CORRECT:
         rest = tl.sum(centered, 1) / n
-        m2 -= n * rest * rest
+        # No more than float32's largest number, from inf: of squares that overflow it stays inf, which makes rstd 0.
+        m2 -= tl.minimum(n * rest * rest, 3.4028234663852886e38)
         return mean + rest, tl.where(m2 < 0, 0.0, m2)
     else:
         return mean, m2
@@ -52,7 +53,8 @@ def group_moments(mean, m2, live, n, NORM: tl.constexpr):
         center = over_group(tl.where(live, mean, 0.0)[:, None], NORM) / NORM.GROUP
         distance = tl.where(live[:, None], mean[:, None] - center, 0.0)
         m2 = over_group(m2[:, None] + n * distance * distance, NORM)
-        return tl.reshape(center, mean.shape), tl.reshape(m2, mean.shape)
+        # Not a reshape, which does not compile for clusters of more programs than the tile has rows.
+        return tl.sum(center, 1), tl.sum(m2, 1)
 
 
 @triton.jit
@@ -81,7 +83,7 @@ def combine(partials, index, live, rows, P, BLOCK_P: tl.constexpr, ALIKE: tl.con
         share = n_block / tl.where(live, n + n_block, 1.0)
         delta = mean_block - mean
         mean += delta * share
-        m2 += tl.sum(m2_j + n_j * distance * distance, 1) + delta * delta * n * share
+        m2 += tl.sum(m2_j + n_j * distance * distance, 1) + delta * n * share * delta
         n += n_block
     return anchor + mean, m2
 
@@ -97,9 +99,9 @@ def running_share(running, ACC: tl.constexpr):
 
 @triton.jit
 def move_average(pointer, value, share, at, live):
-    """average = (1 - share) * average + share * value."""
+    """average = (1 - share) * average + share * value, which is inf where either is."""
     old = tl.load(pointer + at, mask=live, other=0.0).to(value.dtype)
-    tl.store(pointer + at, old + share * (value - old), mask=live)
+    tl.store(pointer + at, (1.0 - share) * old + share * value, mask=live)
 
 
 @triton.jit
@@ -138,17 +140,75 @@ def store_statistics(
 
 
 @triton.jit
-def partial_statistics(
-    x, partials,
-    G, K, S, rows, tiles, steps,
-    x_a, x_g, x_k, x_s,
+def moments_of_tiles(
+    x, addend, total, first, last, anchor, rows, sizes, strides, y_strides,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Count, mean and second moment of some tiles' rows, tile by tile; of sums with an addend."""
+    R: tl.constexpr = BLOCK.R
+    n = tl.full((), 0, ACC)
+    mean = tl.zeros((R,), ACC)
+    m2 = tl.zeros((R,), ACC)
+    for index in range(first, last):
+        tile = tile_of(rows, index, sizes, BLOCK, LAYOUT)
+        n_tile = tl.sum(((tile.k < sizes.K) & (tile.s < sizes.S)).to(ACC), 0)
+        at = offsets(rows, tile, strides, LAYOUT)
+        if addend is None:
+            values = load_tile(x, at, tile, ACC)
+        else:
+            values = load_sum(x, addend, total, at, offsets(rows, tile, y_strides, LAYOUT), tile, ACC)
+        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
+        share = n_tile / (n + n_tile)
+        delta = mean_tile - mean
+        mean += delta * share
+        m2 += m2_tile + delta * n * share * delta
+        n += n_tile
+    return n, mean, m2
+
+
+@triton.jit
+def moments_of_columns(
+    x, first, last, anchor, rows, sizes, strides,
+    BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """The same, of each column of a tile by itself (Welford, 1962) and then of all: no lane waits for another before.
+
+    For tiles whose rows are neighbours in memory, where a row is spread over all warps, and a sum over it takes more
+    time than to read it.
+    """
+    R: tl.constexpr = BLOCK.R
+    C: tl.constexpr = BLOCK.K * BLOCK.S
+    n = tl.zeros((1, C), ACC)
+    mean = tl.zeros((R, C), ACC)
+    m2 = tl.zeros((R, C), ACC)
+    for index in range(first, last):
+        tile = tile_of(rows, index, sizes, BLOCK, LAYOUT)
+        there = ((tile.k < sizes.K) & (tile.s < sizes.S))[None, :]
+        values = load_tile(x, offsets(rows, tile, strides, LAYOUT), tile, ACC)
+        n += there.to(ACC)
+        delta = tl.where(tile.mask, values - anchor - mean, 0.0)
+        mean += delta * (1.0 / tl.where(n == 0, 1.0, n))
+        m2 += delta * (values - anchor - mean)
+    total = tl.sum(n, 1)
+    center = tl.sum(mean * n, 1) / tl.where(total == 0, 1.0, total)
+    distance = tl.where(n > 0, mean - center[:, None], 0.0)
+    return tl.sum(total, 0), center, tl.sum(m2 + n * distance * distance, 1)
+
+
+@triton.jit
+def partial_statistics(
+    x, partials, addend, total,
+    G, K, S, rows, tiles, steps,
+    x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
+    BY_COLUMN: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """Count, mean and second moment of one program's share of R rows, to (3, P, rows). Grid (row blocks, P).
 
     Means are distances from an anchor, each row's first element, which goes to the (rows,) behind: a mean of 1e4 has
     only three digits behind the point in float32, and the differences of such means, times their counts, would enter
     the variance.
+
+    With an ``addend``, which lies like y, they are those of x + addend, which is written to ``total``.
     """
     R: tl.constexpr = BLOCK.R
     # Statistics depend on no channel.
@@ -158,21 +218,19 @@ def partial_statistics(
     first = tl.program_id(1) * steps
     if NORM.CENTERED:
         anchor = tl.load(x + row_offsets(block, strides, LAYOUT), mask=block.live[:, None], other=0.0).to(ACC)
+        if addend is not None:
+            beside = row_offsets(block, Strides(y_a, y_g, y_k, y_s, None), LAYOUT)
+            anchor += tl.load(addend + beside, mask=block.live[:, None], other=0.0).to(ACC)
     else:
         anchor = tl.zeros((R, 1), ACC)
-    n = tl.full((), 0, ACC)
-    mean = tl.zeros((R,), ACC)
-    m2 = tl.zeros((R,), ACC)
-    for index in range(first, tl.minimum(first + steps, tiles)):
-        tile = tile_of(block, index, sizes, BLOCK, LAYOUT)
-        n_tile = tl.sum(((tile.k < K) & (tile.s < S)).to(ACC), 0)
-        values = load_tile(x, offsets(block, tile, strides, LAYOUT), tile, ACC)
-        mean_tile, m2_tile = moments(tl.where(tile.mask, values - anchor, 0.0), tile.mask, n_tile, False, False, NORM)
-        share = n_tile / (n + n_tile)
-        delta = mean_tile - mean
-        mean += delta * share
-        m2 += m2_tile + delta * delta * n * share
-        n += n_tile
+    last = tl.minimum(first + steps, tiles)
+    if BY_COLUMN:
+        n, mean, m2 = moments_of_columns(x, first, last, anchor, block, sizes, strides, BLOCK, NORM, ACC, LAYOUT)
+    else:
+        n, mean, m2 = moments_of_tiles(
+            x, addend, total, first, last, anchor, block, sizes, strides, Strides(y_a, y_g, y_k, y_s, None),
+            BLOCK, NORM, ACC, LAYOUT,
+        )  # fmt: skip
     at = tl.program_id(1).to(tl.int64) * rows + block.index
     plane = tl.num_programs(1).to(tl.int64) * rows
     tl.store(partials + at, tl.zeros((R,), ACC) + n, mask=block.live)

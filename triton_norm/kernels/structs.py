@@ -95,7 +95,7 @@ class Sizes(NamedTuple):
     S: tl.tensor
     rows: tl.tensor
     channels: tl.tensor
-    #: The stride from sample to sample of (N, C) parameters, or None.
+    #: The stride from sample to sample of (N, C) parameters, or of those per column from a to a; or None.
     per_sample: tl.tensor
     #: Where a launch pads, k is (d, h), and this the size of h.
     H: tl.tensor
@@ -122,10 +122,10 @@ class Operands(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What a forward pass writes: with padding y is the padded tensor, and ``plain``, where wanted, the other."""
+    """What a forward pass writes. ``second``, where wanted, is y without its padding or the sum that is normalized."""
 
     y: tl.tensor
-    plain: tl.tensor
+    second: tl.tensor
     bits: tl.tensor
 
 
@@ -140,10 +140,10 @@ class Running(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """The gradients of y and of the plain tensor."""
+    """The gradients of y and of the second result."""
 
     dy: tl.tensor
-    dplain: tl.tensor
+    dsecond: tl.tensor
 
 
 class Gradients(NamedTuple):

@@ -9,10 +9,14 @@ from .tiles import (
     load_columns,
     load_statistics,
     load_tile,
+    load_weight,
+    of_sample,
     offsets,
     row_block,
+    sample_of,
     store_columns,
     tile_of,
+    walked,
     zeros,
 )
 
@@ -20,27 +24,30 @@ from .tiles import (
 @triton.jit
 def column_gradients(
     x, dy, dweight, dbias, residual, bits, statistics, weight, bias,
-    G, K, S, rows, blocks, steps,
+    G, K, S, rows, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
 
-    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows.
+    Grid (tiles of a row, shares): a program stays in its columns and walks ``steps`` blocks of rows. See ``sample_of``
+    for samples with affines of their own.
     """
     # An affine per column has no channels.
-    sizes = Sizes(G, K, S, rows, 1, None, None)
+    sizes = Sizes(G, K, S, rows, 1, per_sample, None)
     x_strides = Strides(x_a, x_g, x_k, x_s, None)
     y_strides = Strides(y_a, y_g, y_k, y_s, None)
     index = tl.program_id(0)
     k, s = columns(index, S, BLOCK.K, BLOCK.S)
-    w = load_columns(weight, k, s, sizes, 1.0, ACC)
-    b = load_columns(bias, k, s, sizes, 0.0, ACC)
-    first = tl.program_id(1) * steps
+    a = sample_of(tl.program_id(1), sizes)
+    w = load_columns(of_sample(weight, a, sizes), k, s, sizes, 1.0, ACC)
+    w = load_weight(w, None, None, None, sizes, NORM, ACC)
+    b = load_columns(of_sample(bias, a, sizes), k, s, sizes, 0.0, ACC)
+    first, last = walked(tl.program_id(1), a, blocks, steps, sizes)
     sum_dzx = zeros(BLOCK, ACC)
     sum_dz = zeros(BLOCK, ACC)
-    for block in range(first, tl.minimum(first + steps, blocks)):
+    for block in range(first, last):
         of = row_block(block, sizes, BLOCK, NORM, LAYOUT)
         tile = tile_of(of, index, sizes, BLOCK, LAYOUT)
         at = offsets(of, tile, y_strides, LAYOUT)
@@ -92,12 +99,7 @@ def shared_sums(
 
 
 @triton.jit
-def _column_sum(source, target, total_at, at_m, L, M, BLOCK_L: tl.constexpr, BLOCK_M: tl.constexpr, ACC: tl.constexpr):
-    total = tl.zeros((BLOCK_L, BLOCK_M), ACC)
-    for start in range(0, L, BLOCK_L):
-        at_l = start + tl.arange(0, BLOCK_L)
-        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
-        total += tl.load(source + at, mask=(at_l < L)[:, None] & (at_m < M)[None, :], other=0.0)
+def _store_sum(total, target, total_at, at_m, M):
     summed = tl.sum(total, 0)
     if target is not None:
         tl.store(target + at_m, summed, mask=at_m < M)
@@ -113,18 +115,34 @@ def column_sums(
     """Sums each of Q (L, M) planes of source over L. Grid (M blocks,).
 
     The sums go to the parameters' gradients that are wanted and, where a later pass needs them, to ``totals`` (Q, M).
+    Planes are walked together: there are few programs, whose time is what they wait for memory.
     """
+    FIRST: tl.constexpr = first is not None or totals is not None
+    SECOND: tl.constexpr = second is not None or totals is not None
+    THIRD: tl.constexpr = third is not None or (totals is not None and Q == 3)
     at_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     plane = tl.full((), 1, tl.int64) * L * M
-    if totals is not None:
-        _column_sum(source, first, totals, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        _column_sum(source + plane, second, totals + M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if Q == 3:
-            _column_sum(source + 2 * plane, third, totals + 2 * M, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-    else:
-        if first is not None:
-            _column_sum(source, first, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if second is not None:
-            _column_sum(source + plane, second, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
-        if third is not None:
-            _column_sum(source + 2 * plane, third, None, at_m, L, M, BLOCK_L, BLOCK_M, ACC)
+    sum_0 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    sum_1 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    sum_2 = tl.zeros((BLOCK_L, BLOCK_M), ACC)
+    for start in range(0, L, BLOCK_L):
+        at_l = start + tl.arange(0, BLOCK_L)
+        at = at_l.to(tl.int64)[:, None] * M + at_m[None, :]
+        mask = (at_l < L)[:, None] & (at_m < M)[None, :]
+        if FIRST:
+            sum_0 += tl.load(source + at, mask=mask, other=0.0)
+        if SECOND:
+            sum_1 += tl.load(source + plane + at, mask=mask, other=0.0)
+        if THIRD:
+            sum_2 += tl.load(source + 2 * plane + at, mask=mask, other=0.0)
+    total_at = totals
+    if FIRST:
+        _store_sum(sum_0, first, total_at, at_m, M)
+    if SECOND:
+        if totals is not None:
+            total_at = totals + M
+        _store_sum(sum_1, second, total_at, at_m, M)
+    if THIRD:
+        if totals is not None:
+            total_at = totals + 2 * M
+        _store_sum(sum_2, third, total_at, at_m, M)

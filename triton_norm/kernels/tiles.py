@@ -46,8 +46,12 @@ def over_group(values, NORM: tl.constexpr):
         return values
     else:
         R: tl.constexpr = values.shape[0]
-        total = tl.sum(tl.reshape(values, (R // NORM.SPAN, NORM.SPAN)), 1)
-        return tl.reshape(tl.broadcast_to(total[:, None], (R // NORM.SPAN, NORM.SPAN)), (R, 1))
+        if NORM.SPAN == R:
+            # Also a cluster of more CTAs than rows compiles this.
+            return tl.broadcast_to(tl.sum(values, 0)[None, :], (R, 1))
+        else:
+            total = tl.sum(tl.reshape(values, (R // NORM.SPAN, NORM.SPAN)), 1)
+            return tl.reshape(tl.broadcast_to(total[:, None], (R // NORM.SPAN, NORM.SPAN)), (R, 1))
 
 
 @triton.jit
@@ -80,6 +84,38 @@ def affine_at(row, channel, channels, per_sample):
         return channel
     else:
         return (row // channels) * per_sample + channel
+
+
+@triton.jit
+def sample_of(program, sizes):
+    """In which sample a program walks, where samples have parameters per column of their own.
+
+    Of so many programs as there are samples each is in another: what they sum then lies as (shares, samples, columns).
+    """
+    if sizes.per_sample is None:
+        return 0
+    else:
+        return program % (sizes.rows // sizes.G)
+
+
+@triton.jit
+def walked(program, a, blocks, steps, sizes):
+    """From which block of rows to which one a program walks: ``steps`` of ``blocks``, which are all, or a sample's."""
+    if sizes.per_sample is None:
+        first = program * steps
+        return first, tl.minimum(first + steps, blocks)
+    else:
+        first = program // (sizes.rows // sizes.G) * steps
+        return a * blocks + first, a * blocks + tl.minimum(first + steps, blocks)
+
+
+@triton.jit
+def of_sample(pointer, a, sizes):
+    """Where the parameters per column of a sample begin."""
+    if pointer is None or sizes.per_sample is None:
+        return pointer
+    else:
+        return pointer + tl.full((), 1, tl.int64) * a * sizes.per_sample
 
 
 @triton.jit
@@ -144,6 +180,15 @@ def dense_offsets(rows, tile, x_strides, y_strides, PAD: tl.constexpr, LAYOUT: t
 @triton.jit
 def load_tile(pointer, at, tile, ACC: tl.constexpr):
     return tl.load(pointer + at.row + at.k + at.s, mask=tile.mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def load_sum(x, addend, total, x_at, at, tile, ACC: tl.constexpr):
+    """A tile of x + addend as rounded to x's dtype, which also goes to ``total`` where that is wanted."""
+    values = (load_tile(x, x_at, tile, ACC) + load_tile(addend, at, tile, ACC)).to(x.dtype.element_ty)
+    if total is not None:
+        store_tile(total, at, tile, values)
+    return values.to(ACC)
 
 
 @triton.jit

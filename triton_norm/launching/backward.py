@@ -24,7 +24,7 @@ class Saved(NamedTuple):
     """What the forward pass leaves for the backward, and the gradients of what it gave, at least one of these."""
 
     dy: Tensor | None
-    dplain: Tensor | None
+    dsecond: Tensor | None
     #: As ``forward.Results`` has them. Of a batch norm over ranks they are all ranks', and behind them are the ``Sums``
     #: of all ranks, over N, times how many numbers a channel has on this rank: (4, C).
     statistics: Tensor | None
@@ -71,11 +71,12 @@ class Backward:
         o = operands.tidied(self.spec, o, plain)
         dy = saved.dy
         if self.spec.padding == 0:
-            dy = operands.like(dy, plain)
+            # Only the sum's gradient came.
+            dy = torch.zeros_like(plain, dtype=self.spec.result(o.x)) if dy is None else operands.like(dy, plain)
         else:
             padded = operands.empty_padded(self.spec, o.x)
             dy = padded.zero_() if dy is None else operands.like(dy, padded)
-        return o, saved._replace(dy=dy, dplain=operands.like(saved.dplain, plain))
+        return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
     def __call__(self, o: tuple, saved: tuple) -> tuple:
         x, weight, bias, _, slope = o[:5]
@@ -131,9 +132,9 @@ def _bind(
     trial = partial(_on_scratch, kind, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
     extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
     t = tiling.cut(
-        spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine.form, per_channel=per_channel,
+        spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine, per_channel=per_channel,
         reduce=spec.use_stats and spec.process_group is None and not per_channel, extra=extra, backward=True,
-        plans=plans, scratch=trial,
+        plans=plans, scratch=trial, beside=int(spec.padding == 0 and saved.dsecond is not None),
     )  # fmt: skip
     if kind is Sums:
         regime = _sums
@@ -164,7 +165,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
     launch = t.launch(
         kernels.persistent_backward, (t.programs,),
-        *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
+        *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
         t.pad, t.acc, t.layout, t.plan.fold > 1,
     )  # fmt: skip
     direct = _one_row_each(t, affine, asked)
@@ -175,7 +176,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
 
     def steps(o: tuple, saved: tuple, g: tuple) -> None:
         x, weight, bias, residual, slope, *_ = o
-        dy, dplain, statistics, bits = saved
+        dy, dsecond, statistics, bits = saved
         dx, dweight, dbias, dresidual, dslope = g
         parts = None
         if shares is not None:
@@ -184,7 +185,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
             dweight = dbias = None
         totals = None if finish is None else x.new_empty(size, dtype=dtype)
         launch(
-            x, dy, dplain, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
+            x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
         )  # fmt: skip
         if parts is not None:
@@ -207,7 +208,7 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         o, saved, g = _named(*of)
         partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
         launch(
-            o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
+            o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
             o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
         )  # fmt: skip
         if finish is not None:
@@ -227,7 +228,7 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     direct = last is not None and combine is None and _one_row_each(t, affine, asked)
     by_row = any(asked.of_rows(affine)) and not direct and not settles
     finish = sums.parameter_gradients(t, affine, splits) if by_row else None
-    columns = _long_columns(t) if affine.form == "column" and (asked.weight or asked.bias) else None
+    columns = _long_columns(t, affine) if affine.form == "column" and (asked.weight or asked.bias) else None
     size = planes * splits * t.geometry.rows
 
     def steps(*of: tuple) -> None:
@@ -235,11 +236,11 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         partials = o.x.new_empty(size, dtype=dtype)
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
-        first(o.x, saved.dy, saved.dplain, *(None,) * 5, *beside, None, partials, *affine_of)
+        first(o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of)
         earlier = partials if combine is None else combine(partials, o, g)
         if last is not None:
             last(
-                o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
+                o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
                 *affine_of,
             )  # fmt: skip
         if finish is not None:
@@ -265,7 +266,7 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         o, saved, g = _named(*of)
         partials = o.x.new_empty(planes * splits * rows, dtype=dtype)
         first(
-            o.x, saved.dy, saved.dplain, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
+            o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
             partials, o.weight, o.bias, o.slope,
         )  # fmt: skip
         if not by_sample:
@@ -286,7 +287,7 @@ def _summed(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         o, saved, g = _named(*of)
         statistics, totals = saved.statistics.view(2, -1)
         last(
-            o.x, saved.dy, saved.dplain, g.x, g.residual, *g.by_kernel(affine, False), o.residual, saved.bits,
+            o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, False), o.residual, saved.bits,
             statistics, None, None, totals, None, o.weight, o.bias, o.slope,
         )  # fmt: skip
 
@@ -304,7 +305,8 @@ def _gradient(t: Tiling, affine: Affine, parts: int) -> Launch:
 
 def _one_row_each(t: Tiling, affine: Affine, asked: Gradients) -> bool:
     """Whether into each parameter's gradient exactly one row sums, so that the kernel that has the row writes it."""
-    return t.geometry.rows == t.geometry.channels or (affine.per_sample is not None and not asked.slope)
+    by_sample = affine.form == "row" and affine.per_sample is not None
+    return t.geometry.rows == t.geometry.channels or (by_sample and not asked.slope)
 
 
 Combine = Callable[[Tensor, Operands, Gradients], Tensor]
@@ -335,15 +337,18 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
     return combine, settles
 
 
-def _long_columns(t: Tiling) -> Callable[[Operands, Saved, Gradients], None]:
+def _long_columns(t: Tiling, affine: Affine) -> Callable[[Operands, Saved, Gradients], None]:
     """Gradients per column of rows that are too long for one program: a pass of its own, along the columns."""
     # As many programs as the passes before had, each with as many rows as it takes.
-    steps = cdiv(t.row_blocks, max(t.row_blocks * t.plan.splits // t.tiles, 1))
-    shares = sums.Shares.of(t, cdiv(t.row_blocks, steps))
+    samples = t.work.samples
+    steps = cdiv(t.blocks, max(t.row_blocks * t.plan.splits // t.tiles // samples, 1))
+    programs = samples * cdiv(t.blocks, steps)
+    shares = sums.Shares.of(t, programs)
     G, K, S, rows, _ = t.sizes
     launch = t.launch(
-        sum_kernels.column_gradients, (t.tiles, shares.count),
-        G, K, S, rows, t.row_blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc, t.layout,
+        sum_kernels.column_gradients, (t.tiles, programs),
+        G, K, S, rows, affine.per_sample, t.blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc,
+        t.layout,
     )  # fmt: skip
 
     def run(o: Operands, saved: Saved, g: Gradients) -> None:

@@ -27,7 +27,8 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
 
     weight and bias of batch, instance and group norms are both (C,), (N, C) or like x, slope is (1,), (C,) or None; of
     the others they have one element per column. Where statistics are taken the running ones are updated, and ``count``
-    too: before a cumulative average is computed, else by the kernel that updates them.
+    too: before a cumulative average is computed, else by the kernel that updates them. Only of those others is there a
+    ``pre_residual``.
     """
     key = (spec, keep_bits, *layouts(o))
     call = _forwards.get(key)

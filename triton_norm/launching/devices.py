@@ -21,7 +21,17 @@ def device(index: int | None) -> Device:
         getattr(properties, "warp_size", 32),
         properties.L2_cache_size or Device.l2_bytes,
         getattr(properties, "max_threads_per_multi_processor", Device.threads),
+        1 if torch.version.hip else clusters((properties.major, properties.minor)),
     )
+
+
+def clusters(capability: tuple[int, int]) -> int:
+    """CTAs at most of a cluster: 16, which is more than CUDA promises everywhere, on Hopper and large Blackwells alone.
+
+    Before 3.9 Triton fails on these kernels.
+    """
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return 16 if release >= (3, 9) and capability in ((9, 0), (10, 0)) else 1
 
 
 @lru_cache

@@ -1,6 +1,7 @@
 """The forward direction: from a spec and the operands' layouts to what is allocated and launched at every call."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ class Results(NamedTuple):
     statistics: Tensor | None
     #: Of an activation whose derivative has two levels, one bit per element that tells which.
     bits: Tensor | None
-    #: The result without its padding.
-    plain: Tensor | None
+    #: The result without its padding or, where something was added to x, that sum; as the spec says.
+    second: Tensor | None
 
 
 #: From tuples in the order of ``Operands`` and ``Results``, plain ones: making a NamedTuple costs a third of a launch.
@@ -52,7 +53,7 @@ class Forward:
         self._statistics = 0 if s is None else s.numel()
         self._dtype = None if s is None or s.dtype == o.x.dtype else s.dtype
         self._bits = 0 if first.bits is None else first.bits.numel()
-        self._keep_plain = first.plain is not None
+        self._second = None if first.second is None else first.second.dtype
         # Where a result lies like x, that is the cheapest to say.
         same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
         self._y = None if same and spec.dtype is None else (first.y.shape, first.y.stride())
@@ -76,15 +77,15 @@ class Forward:
     def __call__(self, o: tuple) -> tuple:
         x = o[0]
         y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y, dtype=self._out)
-        statistics = bits = plain = None
+        statistics = bits = second = None
         if self._statistics:
             size, dtype = self._statistics, self._dtype
             statistics = x.new_empty(size) if dtype is None else x.new_empty(size, dtype=dtype)
         if self._bits:
             bits = x.new_empty(self._bits, dtype=torch.uint8)
-        if self._keep_plain:
-            plain = x.new_empty_strided(x.shape, self._plain_strides, dtype=self._out)
-        r = (y, statistics, bits, plain)
+        if self._second is not None:
+            second = x.new_empty_strided(x.shape, self._plain_strides, dtype=self._second)
+        r = (y, statistics, bits, second)
         if self._only_launches:
             self._steps(o, r)
         else:
@@ -105,7 +106,8 @@ class Forward:
         if self._averages:
             means = r[1].view(3, o.x.shape[0], o.x.shape[1]).mean(1)
             for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
-                running.lerp_(mean.to(running.dtype), self.spec.momentum)
+                # Not lerp_, by which inf would become NaN.
+                running.mul_(1 - self.spec.momentum).add_(mean.to(running.dtype), alpha=self.spec.momentum)
 
 
 _BATCH = Spec("batch", None, True, 0.0, 1e-5)
@@ -128,7 +130,8 @@ class Moments:
             return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)), like_x)
 
         t = tiling.cut(
-            _BATCH, "batch", tidy, plain, affine="row", per_channel=False, reduce=False, plans=plans, scratch=trial
+            _BATCH, "batch", tidy, plain, affine=Affine("row"), per_channel=False, reduce=False, plans=plans,
+            scratch=trial,
         )
         self._dtype, self._others = t.dtype, x.numel() // x.shape[1] - 1
         self._take = _statistics(t, True, False, True)
@@ -137,7 +140,7 @@ class Moments:
         if self._copies:
             x = operands.empty_like(_BATCH, x).copy_(x)
         statistics = x.new_empty((3, x.shape[1]), dtype=self._dtype)
-        self._take((x,), (None, statistics))
+        self._take(Operands(x), (None, statistics))
         _, mean, unbiased = statistics
         return torch.stack([mean, unbiased * self._others if self._others else torch.zeros_like(mean)])
 
@@ -156,7 +159,10 @@ def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]
     count = operands.bits_count(spec, x, plain) if keep_bits else 0
     if count:
         bits = x.new_empty(count, dtype=torch.uint8)
-    return Results(y, statistics, bits, out if spec.padding != 0 and spec.return_unpadded else None), plain
+    second = torch.empty_like(plain) if spec.return_sum else None
+    if spec.padding != 0 and spec.return_unpadded:
+        second = out
+    return Results(y, statistics, bits, second), plain
 
 
 def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, plans: Planner) -> Steps:
@@ -164,15 +170,16 @@ def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, pl
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
     trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], keep_bits)
-    cut = partial(tiling.cut, spec, affine=affine.form, per_channel=per_channel, plans=plans, scratch=trial)
+    cut = partial(tiling.cut, spec, affine=affine, per_channel=per_channel, plans=plans, scratch=trial)
     tracks = spec.use_stats and o.running_mean is not None
     updates, averages = tracks and spec.kind == "batch", tracks and spec.kind == "instance"
     statistics = None
     if per_channel:
-        rows = cut("batch", o.x, plain, affine="row", per_channel=False, reduce=False)
+        rows = cut("batch", o.x, plain, affine=Affine("row"), per_channel=False, reduce=False)
         statistics, updates = _statistics(rows, averages, updates, True), False
     own = spec.use_stats and not per_channel
-    t = cut(walked, o.x, y, reduce=own, extra="none" if o.residual is None else "residual")
+    beside = 0 if o.pre_residual is None else 1 + spec.return_sum
+    t = cut(walked, o.x, y, reduce=own, extra="none" if o.residual is None else "residual", beside=beside)
     if t.plan.regime == "persistent":
         return _persistent(t, affine, averages, updates)
     if own:
@@ -186,15 +193,16 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
     """Whole rows in one program: one launch."""
     launch = t.launch(
         kernels.persistent_forward, (t.programs,),
-        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.row_blocks, t.plan.steps, *t.strides,
+        *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides,
         t.spec.eps, stores_variance, *_activation(t.spec), t.block, t.norm, t.pad, t.acc, t.layout,
     )  # fmt: skip
 
     def steps(o: tuple, r: tuple) -> None:
-        x, weight, bias, residual, slope, *running = o
-        y, statistics, bits, plain = r
+        x, weight, bias, residual, slope, mean, var, count, addend = o
+        y, statistics, bits, second = r
         launch(
-            x, y, residual, bits, plain, statistics, weight, bias, slope, *(running if updates else _NONE)
+            x, addend, y, residual, bits, second, statistics, weight, bias, slope,
+            *((mean, var, count) if updates else _NONE),
         )  # fmt: skip
 
     return steps
@@ -203,7 +211,12 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
 def _split(
     t: Tiling, affine: Affine, take: Statistics | None, stores_variance: bool, updates: bool
 ) -> Steps:  # fmt: skip
-    """Programs that share a row, behind the pass that takes its statistics, if it has its own."""
+    """Programs that share a row, behind the pass that takes its statistics, if it has its own.
+
+    Where something is added to x, that pass also writes the sum, and this one reads it.
+    """
+    if t.work.beside:
+        t = replace(t, geometry=replace(t.geometry, x=t.geometry.y))
     launch = t.launch(
         kernels.normalize, (t.row_blocks, t.plan.splits),
         *tiling.momentum(t.spec, t.dtype), *t.sizes, affine.per_sample, t.tiles, t.plan.steps, t.plan.splits,
@@ -213,12 +226,16 @@ def _split(
     given = not t.spec.use_stats
 
     def steps(o: tuple, r: tuple) -> None:
+        x, weight, bias, residual, slope, *running, addend = o
+        y, statistics, bits, second = r
+        if addend is not None and second is None:
+            r = (y, statistics, bits, empty_like(addend, dtype=x.dtype))
         partials = None if take is None else take(o, r)
-        x, weight, bias, residual, slope, *running = o
-        y, statistics, bits, plain = r
+        if addend is not None:
+            x, second = r[3], None
         mean, variance, _ = running if given else _NONE
         launch(
-            x, y, residual, bits, plain, partials, statistics, mean, variance, weight, bias, slope,
+            x, y, residual, bits, second, partials, statistics, mean, variance, weight, bias, slope,
             *(running if updates else _NONE),
         )  # fmt: skip
 
@@ -230,7 +247,8 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
     plan, (G, K, S, rows, _) = t.plan, t.sizes
     first = t.launch(
         statistics_kernels.partial_statistics, (t.row_blocks, plan.splits),
-        G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], t.block, t.norm, t.acc, t.layout,
+        G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], *(t.strides[4:8] if t.work.beside else (None,) * 4),
+        t.geometry.transposed and t.norm.CENTERED, t.block, t.norm, t.acc, t.layout,
     )  # fmt: skip
     size, dtype, group = (3 * plan.splits + 1) * rows, t.dtype, t.geometry.group
     block = min(power_of_2(plan.splits * group), 512)
@@ -242,12 +260,12 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
     )  # fmt: skip
 
     def take(o: tuple, r: tuple) -> Tensor | None:
-        x, statistics = o[0], r[1]
+        x, addend, statistics = o[0], o[8], r[1]
         partials = x.new_empty(size, dtype=dtype)
-        first(x, partials)
+        first(x, partials, addend, None if addend is None else r[3])
         if not finalize:
             return partials
-        second(partials, statistics, *(o[5:] if updates else _NONE))
+        second(partials, statistics, *(o[5:8] if updates else _NONE))
         return None
 
     return take
@@ -266,6 +284,6 @@ def _on_scratch(spec: Spec, layouts: list, keep_bits: bool, problem) -> Callable
     def with_plan(plan: Plan) -> Callable[[], object]:
         call = Forward(spec, o, keep_bits, tiling.on_trial(problem, plan))
         # Running statistics and count are results too.
-        return lambda: (*call(o), *o[5:])
+        return lambda: (*call(o), *o[5:8])
 
     return with_plan

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
+from torch.autograd import forward_ad
 
 from ..tuning import autotune
 
@@ -17,7 +19,40 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 
 def is_ordinary(x: Tensor) -> bool:
     """Whether nobody traces or transforms x or looks at dispatched operators, so that kernels may just be launched."""
-    return not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not dispatch_modes()
+    return (
+        not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not dispatch_modes()
+        and forward_ad._current_level < 0
+    )  # fmt: skip
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents. Nothing on a tensor says so as fast."""
+    return forward_ad._current_level >= 0
+
+
+def is_mapped() -> bool:
+    """Whether ``torch.func.vmap`` is active; where the compiler traces, whether any transform is."""
+    return _is_active(_functorch.TransformType.Vmap)
+
+
+def is_for_torch(*tensors: Tensor | None) -> bool:
+    """Whether a transform is active that only PyTorch's own operators know: ``vmap``, or forward mode.
+
+    The batches of ``is_grads_batched`` are tensors of an older kind, which nothing but themselves tells.
+    """
+    if is_compiling():
+        return functorch_is_active()
+    return (
+        in_forward_mode() or is_mapped() or _is_active(_functorch.TransformType.Jvp)
+        or any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
+    )  # fmt: skip
+
+
+def _is_active(kind: object) -> bool:
+    if not functorch_is_active():
+        return False
+    # The compiler sees no further.
+    return is_compiling() or any(level.key() == kind for level in _functorch.get_interpreter_stack())
 
 
 class Table(dict):

@@ -88,10 +88,15 @@ class Launch:
     __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_grid", "_kernel", "_options", "_packs",
                  "_run", "_stream")  # fmt: skip
 
-    def __init__(self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None) -> None:
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
+    ) -> None:
         self._kernel, self._constants, self._device = kernel, constants, device
         self._grid = (*grid, 1, 1)[:3]
         self._options = {"num_warps": warps, **OPTIONS}
+        if ctas > 1:
+            # Not said otherwise: Triton before 3.9 knows no clusters for these kernels.
+            self._options["num_ctas"] = ctas
         self._run = None
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:

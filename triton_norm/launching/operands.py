@@ -15,24 +15,35 @@ class Affine(NamedTuple):
 
     #: "row" (constant on it), "column" or "element"
     form: str
-    #: The stride from sample to sample of (N, C) parameters.
+    #: The stride from sample to sample of (N, C) parameters, or of those per column along the ``kept`` dims.
     per_sample: int | None = None
+    #: The leading dims of x along which an affine per column varies.
+    kept: tuple[int, ...] = ()
 
     @staticmethod
     def of(spec: Spec, o: Operands) -> "Affine":
         p = o.bias if o.weight is None else o.weight
         if p is None:
             return Affine("row")
-        if spec.kind in PER_COLUMN:
-            return Affine("column")
         if per_element(spec, o.x, p):
             return Affine("element")
+        if spec.kind in PER_COLUMN:
+            along = kept(spec, o.x, p)
+            return Affine("column", spec.width(o.x.shape) if along else None, along)
         return Affine("row", p.stride(0) if p.dim() > 1 else None)
 
 
 def per_element(spec: Spec, x: Tensor, p: Tensor | None) -> bool:
     """Whether p, a weight or bias of this norm of x, has a number for each element."""
-    return p is not None and p.dim() == x.dim() and spec.kind in BY_CHANNEL
+    if p is None or p.dim() != x.dim():
+        return False
+    return spec.kind in BY_CHANNEL or (spec.kind in ROWS and p.dim() > len(spec.argument) and p.shape == x.shape)
+
+
+def kept(spec: Spec, x: Tensor, p: Tensor) -> tuple[int, ...]:
+    """The dims of x in front of a row along which p, a weight or bias per column, has different numbers."""
+    leading = p.dim() - len(spec.argument)
+    return tuple([x.dim() - p.dim() + d for d in range(leading) if p.shape[d] > 1])
 
 
 def walk(spec: Spec, affine: Affine) -> tuple[str, bool]:
@@ -82,17 +93,18 @@ def like(tensor: Tensor | None, y: Tensor) -> Tensor | None:
 def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
     """The operands as the kernels read them, themselves wherever that is so; ``plain`` is like the unpadded result."""
     x, weight, bias = o.x, o.weight, o.bias
-    form, per_sample = affine = Affine.of(spec, o)
+    form, per_sample, along = affine = Affine.of(spec, o)
     if form == "element":
         weight, bias = like(weight, plain), like(bias, plain)
-    elif per_sample is None or any(
+    elif form == "column" or per_sample is None or any(
         p is not None and (p.stride(1) != 1 or p.stride(0) != per_sample) for p in (weight, bias)
     ):
         weight, bias = (p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, bias))
     if spec.padding == 0:
         walked, per_channel = walk(spec, affine)
         ways = (walked, "batch") if per_channel else (walked,)
-        if any(view(way, x.shape, x.stride(), plain.stride(), spec.width(x.shape)) is None for way in ways):
+        width = spec.width(x.shape)
+        if any(view(way, x.shape, x.stride(), plain.stride(), width, along) is None for way in ways):
             x = torch.empty_like(plain).copy_(x)
     else:
         x = dense(x)
@@ -100,7 +112,8 @@ def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
     if slope is not None and slope.numel() != x.shape[1]:
         # One slope that serves all channels.
         slope = slope.expand(x.shape[1]).contiguous()
-    return o._replace(x=x, weight=weight, bias=bias, residual=like(o.residual, plain), slope=slope)
+    residual, pre_residual = like(o.residual, plain), like(o.pre_residual, plain)
+    return o._replace(x=x, weight=weight, bias=bias, residual=residual, slope=slope, pre_residual=pre_residual)
 
 
 def statistics_count(spec: Spec, x: Tensor) -> int:
@@ -129,8 +142,9 @@ def unpack_bits(spec: Spec, bits: Tensor, o: Operands) -> Tensor:
     """The bits that the forward pass kept, as a boolean tensor of x's shape."""
     x = dense(o.x) if spec.padding != 0 else o.x
     y = empty_like(spec, x).bool()
-    walked, _ = walk(spec, Affine.of(spec, o))
-    geometry = view(walked, tuple(x.shape), y.stride(), y.stride(), spec.width(x.shape))
+    affine = Affine.of(spec, o)
+    walked, _ = walk(spec, affine)
+    geometry = view(walked, tuple(x.shape), y.stride(), y.stride(), spec.width(x.shape), affine.kept)
     sizes = (geometry.A, geometry.G, geometry.K, geometry.S)
     on = bits.view(-1, 1) >> torch.arange(8, device=bits.device, dtype=torch.uint8) & 1
     y.as_strided(sizes, geometry.y).copy_(on.view(sizes))

@@ -38,8 +38,10 @@ class Gradients(NamedTuple):
 
 def column_sums(t: Tiling, length: int, width: int, planes: int = 0) -> Launch:
     """Sums (planes, length, width) over length; called with source, totals (planes, width) and three outputs."""
-    block_m = min(power_of_2(width), 16)
-    block_l = min(power_of_2(length), 2048 // block_m)
+    # A memory sector of each row at least. Narrower blocks are more programs, each of which waits for fewer loads.
+    narrow = cdiv(width, 16) < t.work.device.multiprocessors
+    block_m = min(power_of_2(width), 8 if narrow else 16)
+    block_l = min(power_of_2(length), 4096 // block_m)
     return t.launch(
         kernels.column_sums, (cdiv(width, block_m),), length, width, planes, block_l, block_m, t.acc, warps=4
     )  # fmt: skip
@@ -92,7 +94,10 @@ def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Ten
 
 
 class Shares(NamedTuple):
-    """Where ``count`` programs write their parts of two gradients per column, and what sums these up."""
+    """Where programs write their parts of two gradients per column, ``count`` of each, and what sums these up.
+
+    Columns of samples that have weights of their own lie side by side.
+    """
 
     count: int
     columns: int
@@ -100,8 +105,8 @@ class Shares(NamedTuple):
     launch: Launch
 
     @staticmethod
-    def of(t: Tiling, count: int) -> "Shares":
-        columns = t.geometry.columns
+    def of(t: Tiling, programs: int) -> "Shares":
+        count, columns = programs // t.work.samples, t.geometry.columns * t.work.samples
         return Shares(count, columns, t.dtype, column_sums(t, count, columns))
 
     def empty(self, g: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -23,6 +23,7 @@ from ..tuning.plan import Plan, cdiv, power_of_2
 from ..tuning.problem import Problem, Walked, key
 from . import devices
 from .launch import Launch
+from .operands import Affine
 
 #: From a problem to the plan that a call is to be bound with.
 Planner = Callable[[Problem], Plan]
@@ -48,9 +49,14 @@ class Tiling:
         return self.plan.row_blocks(self.geometry)
 
     @property
+    def blocks(self) -> int:
+        """Blocks of rows that share an affine per column: all, or a sample's."""
+        return self.row_blocks // self.work.samples
+
+    @property
     def programs(self) -> int:
         """Of the persistent regime."""
-        return cdiv(self.row_blocks, self.plan.steps)
+        return self.work.samples * cdiv(self.blocks, self.plan.steps)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -116,22 +122,29 @@ class Tiling:
         return torch.float64 if self.work.itemsize == 8 else torch.float32
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *constants: Any, warps: int | None = None) -> Launch:
-        return Launch(kernel, grid, constants, warps or self.plan.warps, self.device)
+        """With the plan's warps, in its clusters; or with these warps, of kernels that walk no tile of x."""
+        if warps is not None:
+            return Launch(kernel, grid, constants, warps, self.device)
+        return Launch(kernel, grid, constants, self.plan.warps, self.device, self.plan.ctas)
 
 
 def cut(
-    spec: Spec, walked: str, x: Tensor, y: Tensor, *, affine: str, per_channel: bool, reduce: bool, extra: str = "none",
-    backward: bool = False, plans: Planner, scratch: Callable[[Problem], Callable[[Plan], Callable]],
+    spec: Spec, walked: str, x: Tensor, y: Tensor, *, affine: Affine, per_channel: bool, reduce: bool,
+    extra: str = "none", beside: int = 0, backward: bool = False, plans: Planner,
+    scratch: Callable[[Problem], Callable[[Plan], Callable]],
 ) -> Tiling:  # fmt: skip
     """The tiling of x, walked in that geometry, with dense tensors like y.
 
     ``reduce`` is whether the kernels take statistics of a row, ``extra`` what they read per element beside x and dy, as
-    ``plan.choose`` knows it. ``scratch`` makes, from the problem and a plan, a call to be measured.
+    ``plan.choose`` knows it, and ``beside`` as ``Work`` does. ``scratch`` makes, from the problem and a plan, a call to
+    be measured.
     """
     width = spec.width(x.shape)
-    geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width)
+    geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width, affine.kept)
     index = x.get_device() if x.is_cuda else None
-    work = Work(geometry, x.element_size(), backward, reduce, extra, devices.device(index), affine)
+    samples = geometry.A if affine.kept else 1
+    device = devices.device(index)
+    work = Work(geometry, x.element_size(), backward, reduce, extra, device, affine.form, beside, samples)
     name = "->".join(dict.fromkeys(str(t.dtype).removeprefix("torch.") for t in (x, y)))
     problem = Problem(
         work, key(walked, name, work), devices.target(index), index,

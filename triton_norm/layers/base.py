@@ -1,6 +1,7 @@
 """What every fused norm is mixed with: activation, padding and ``bias=`` as arguments, in ``repr`` and at the call."""
 
 import inspect
+from types import FunctionType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -18,6 +19,16 @@ class Activated(nn.Module):
     _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation", "dtype"})
     padding: int | tuple[int, ...] = 0
     padding_mode = "zeros"
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        init = cls.__init__
+        if "__init__" not in cls.__dict__ and isinstance(init, FunctionType):
+            # The inherited one under the class's own name, which is what Python's errors for wrong arguments say.
+            own = FunctionType(init.__code__, init.__globals__, init.__name__, init.__defaults__, init.__closure__)
+            own.__kwdefaults__, own.__annotations__ = init.__kwdefaults__, init.__annotations__
+            own.__qualname__ = f"{cls.__qualname__}.__init__"
+            cls.__init__ = own
 
     def _construct(self, *args: Any, activation: None | str | nn.Module, **options: Any) -> None:
         resolve(activation)
@@ -51,9 +62,7 @@ class Activated(nn.Module):
         self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
         *running: Tensor | None,
     ) -> Result:  # fmt: skip
-        for name in fused:
-            if name not in self._extras:
-                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+        self._check_extras(fused)
         weight, bias = (
             (fused["weight"], fused["bias"]) if "weight" in fused and "bias" in fused else parameters_of(self)
         )
@@ -62,9 +71,16 @@ class Activated(nn.Module):
         spec = Spec(
             *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
             said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
-            named(said("dtype")),
+            named(said("dtype")), said("return_sum", False),
         )  # fmt: skip
+        if "pre_residual" in fused:
+            running = (*running, fused["pre_residual"])
         return self._run(spec, input, said("weight", weight), said("bias", bias), residual, slope, *running)
+
+    def _check_extras(self, fused: dict[str, Any]) -> None:
+        for name in fused:
+            if name not in self._extras:
+                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
 
     #: What a call comes to. A norm that does something else with it overrides this.
     _run = staticmethod(normalize)

@@ -119,6 +119,7 @@ class SPADE2d(Fused):
     Fused are activation, residual and padding.
     """
 
+    _extras: ClassVar[frozenset[str]] = BatchNorm._extras
     _dims = 2
 
     def __init__(
@@ -145,6 +146,7 @@ class SPADE2d(Fused):
         self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, **fused: Any
     ) -> Tensor:
         """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
+        self._check_extras(fused)
         check_4d(input, self.num_features)
         check_shapes(input.shape, gamma=gamma, beta=beta)
         own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}

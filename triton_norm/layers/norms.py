@@ -26,6 +26,10 @@ __all__ = [
 ]
 
 
+#: What a call of a norm over trailing dims may say as well.
+ADDS = {"unit_offset", "pre_residual", "return_sum"}
+
+
 class BatchNorm(Affine):
     def __init__(
         self,
@@ -171,6 +175,8 @@ class GroupNorm(Affine, nn.GroupNorm):
 class LayerNorm(Activated, nn.LayerNorm):
     """``torch.nn.LayerNorm``, with fused activation and residual."""
 
+    _extras: ClassVar[frozenset[str]] = Activated._extras | ADDS
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -193,7 +199,7 @@ class LayerNorm(Activated, nn.LayerNorm):
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation and residual."""
 
-    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"}
+    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"} | ADDS
 
     def __init__(
         self,

@@ -12,10 +12,10 @@ from torch.autograd.function import FunctionCtx
 from ..launching import bound
 from ..launching.backward import Backward, Saved
 from ..launching.forward import Forward
-from ..launching.keys import HIP, dispatch_modes, functorch_is_active, layouts
+from ..launching.keys import HIP, dispatch_modes, functorch_is_active, in_forward_mode, layouts
 from ..spec import Operands, Spec
 from . import traced
-from .traced import INPUTS, keeps_bits, pass_on, passes_on, saved_of
+from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
 
 #: By how many tensors there are, what makes of them the differentiable operands, or those that are saved.
 _NO_OPERANDS = tuple((None,) * (INPUTS - n) for n in range(INPUTS + 1))
@@ -25,10 +25,14 @@ _NOT_SAVED = tuple((None,) * (7 - n) for n in range(8))
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_backwards", "_given", "_inference", "_passes_on", "_training", "spec")
+    __slots__ = ("_asked", "_backwards", "_given", "_inference", "_passes_on", "_training", "addend", "spec")
 
     def __init__(self, spec: Spec, o: Operands) -> None:
-        self.spec = spec
+        self._asked = spec
+        #: With what the backward pass needs of it.
+        self.spec = keeps_sum(spec, o)
+        #: The dtype of what is added to x.
+        self.addend = None if o.pre_residual is None else o.pre_residual.dtype
         # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
         # autograd takes its time with every argument, so it is not given those that end in nothing.
@@ -38,22 +42,27 @@ class Kernels:
         self._backwards: dict[tuple, Backward] = {}
 
     def __call__(self, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        x, weight, bias, residual, slope, mean, var, count = operands
+        x, weight, bias, residual, slope, mean, var, count, addend = operands
         if is_grad_enabled() and (
             x.requires_grad
             or (weight is not None and weight.requires_grad)
             or (bias is not None and bias.requires_grad)
             or (residual is not None and residual.requires_grad)
             or (slope is not None and slope.requires_grad)
+            or (addend is not None and addend.requires_grad)
         ):
-            return _apply((self, mean, var, count), *operands[: self._given])
-        y, _, _, plain = (self._inference or self._bind_forward(operands, False))(operands)
-        return y if plain is None else (y, plain)
+            if addend is None:
+                return _apply((self, mean, var, count), *operands[: self._given])
+            both = _apply((self, mean, var, count), *operands[:INPUTS], addend)
+            return both if self._asked.return_sum else both[0]
+        y, _, _, second = (self._inference or self._bind_forward(operands, False))(operands)
+        return y if second is None else (y, second)
 
     def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
         o, name = Operands(*operands), "_training" if differentiable else "_inference"
+        spec = self.spec if differentiable else self._asked
         return bound.bound(
-            lambda plans: Forward(self.spec, o, differentiable and keeps_bits(self.spec, o), plans),
+            lambda plans: Forward(spec, o, differentiable and keeps_bits(spec, o), plans),
             lambda call: setattr(self, name, call),
         )
 
@@ -63,9 +72,13 @@ class Kernels:
             without = (*wanted[:3], False, *wanted[4:])
             return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
         # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
-        dy, dplain, _, _ = saved
+        dy, dsecond, _, _ = saved
         x, weight, bias, residual, slope, mean, _ = o
-        places = dy.data_ptr() | x.data_ptr()
+        try:
+            places = dy.data_ptr() | x.data_ptr()
+        except RuntimeError:
+            # A batch of gradients, which is no tensor with memory.
+            return traced.backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
         if weight is not None:
             places |= weight.data_ptr()
             weight = weight.stride()
@@ -75,8 +88,16 @@ class Kernels:
         if residual is not None:
             places |= residual.data_ptr()
             residual = residual.stride()
-        all_else = places % 16 or dplain is not None or slope is not None or mean is not None or HIP
-        key = (wanted, dy.stride(), x.stride(), weight, bias, residual, all_else and layouts((*o, dy, dplain)))
+        if dsecond is not None:
+            places |= dsecond.data_ptr()
+            strides = dsecond.stride()
+        else:
+            strides = None
+        all_else = places % 16 or slope is not None or mean is not None or HIP
+        key = (
+            wanted, dy.stride(), x.stride(), weight, bias, residual, strides,
+            all_else and layouts((*o, dy, dsecond)),
+        )  # fmt: skip
         call = self._backwards.get(key)
         if call is None:
             call = bound.bound(
@@ -96,29 +117,42 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, settled: tuple, *given: Tensor | None):
         call, *running = settled
-        o = (*given, *_NO_OPERANDS[len(given)], *running)
-        y, statistics, bits, plain = (call._training or call._bind_forward(o, True))(o)
+        if call.addend is None:
+            o = (*given, *_NO_OPERANDS[len(given)], *running, None)
+        else:
+            o = (*given[:INPUTS], *running, given[INPUTS])
+        y, statistics, bits, second = (call._training or call._bind_forward(o, True))(o)
         ctx.kept = call, statistics, bits
-        if call.spec.use_stats and o[3] is None:
+        if call.addend is not None:
+            # From here on the sum is what is normalized.
+            ctx.save_for_backward(*saved_of(call.spec, (second, *o[1:]), bits))
+        elif call.spec.use_stats and o[3] is None:
             ctx.save_for_backward(*given)
         else:
             ctx.save_for_backward(*saved_of(call.spec, o, bits))
-        if plain is None:
+        if second is None:
             return y
         ctx.set_materialize_grads(False)
-        return y, plain
+        return y, second
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None = None):
+    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None = None):
         call, statistics, bits = ctx.kept
         o, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
         o += _NOT_SAVED[len(o)]
-        saved = (dy, dplain, statistics, bits)
+        saved = (dy, dsecond, statistics, bits)
+        if call.addend is not None:
+            addends, wanted = (wanted[0], wanted[INPUTS]), (wanted[0] or wanted[INPUTS], *wanted[1:INPUTS])
         # Whoever traces this has a dy of another type, or looks at operators.
-        if type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes():
+        if (
+            type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes()
+            or in_forward_mode()
+        ):  # fmt: skip
             g = traced.backward(call.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
         else:
             g = call.backward(o, saved, wanted)
+        if call.addend is not None:
+            return None, *of_addends(g, addends, call.addend)
         return None, *g[: len(wanted)]
 
 

@@ -10,10 +10,10 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, any_autocast, is_ordinary, nowhere, placement
+from ..launching.keys import HIP, Table, any_autocast, is_for_torch, is_ordinary, nowhere, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, ranks, reference
-from .checks import DTYPES, HALF, check, is_wide, matched
+from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
 Call = Callable[..., Result]
@@ -27,15 +27,17 @@ _calls: dict[tuple, Call] = Table()
 def normalize(
     spec: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, count: Tensor | None,
+    pre_residual: Tensor | None = None,
 ) -> Result:  # fmt: skip
-    """``pad(activation(norm(x) * weight + bias + residual))`` as ``spec`` says; a pair with ``return_unpadded``.
+    """``pad(activation(norm(x + pre_residual) * weight + bias + residual))`` as ``spec`` says; a pair with
+    ``return_unpadded`` or ``return_sum``.
 
     ``spec`` is a ``Spec`` or a tuple in its order, which takes less to make, and the operands are in that of
     ``Operands``. Where statistics are taken, ``count`` counts this batch. Raises torch's
     own errors, and ``ValueError`` for an unsuitable residual, affine or padding mode; running statistics and ``count``
     are unchanged then.
     """
-    operands = (x, weight, bias, residual, slope, running_mean, running_var, count)
+    operands = (x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual)
     if not is_ordinary(x):
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(*operands)
     # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
@@ -63,10 +65,13 @@ def normalize(
         if count is not None:
             places |= count.data_ptr() or nowhere()
             count = count.dtype, count.get_device()
+        if pre_residual is not None:
+            places |= pre_residual.data_ptr() or nowhere()
+            pre_residual = pre_residual.shape, pre_residual.stride(), pre_residual.dtype, pre_residual.get_device()
         key = (
             spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
             x.shape, x.stride(), x.dtype, x.device, weight, bias, residual, slope, running_mean, running_var, count,
-            (places % 16 or HIP) and placement(operands),
+            pre_residual, (places % 16 or HIP) and placement(operands),
         )  # fmt: skip
         call = _calls.get(key)
     except (AttributeError, TypeError, RuntimeError):
@@ -85,6 +90,9 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
 
     ``is_traced`` is whether somebody looks at operators: the compiler, functorch or a dispatch mode.
     """
+    if spec.return_sum and o.pre_residual is None:
+        bare = spec.but(return_sum=False)
+        return lambda x, *rest: (normalize(bare, x, *rest), x)
     if spec.argument is not None and isinstance(o.x, Tensor):
         halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in (o.x, o.weight, o.bias, o.residual))
         if halves and spec.dtype is None and _runs_in_float32(spec.kind, o.x.device.type):
@@ -97,13 +105,15 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     if spec.dtype is not None and isinstance(o.x, Tensor) and o.x.dtype == spec.result(o.x):
         spec = spec.but(dtype=None)
     if is_wide(spec, o):
-        weight, bias = matched(o.x, o.weight, o.bias)
+        match = partial(matched_rows, spec.argument) if spec.kind in ROWS else matched
+        weight, bias = match(o.x, o.weight, o.bias)
         if weight is not o.weight or bias is not o.bias:
-            return lambda x, weight, bias, *rest: normalize(spec, x, *matched(x, weight, bias), *rest)
+            return lambda x, weight, bias, *rest: normalize(spec, x, *match(x, weight, bias), *rest)
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
-    if not (fits and (o.x.numel() or spec.process_group is not None) and backend.of(o.x) == "triton"):
+    there = o.x.numel() or spec.process_group is not None
+    if not (fits and there and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
         plain = reference.call if spec.process_group is None else ranks.plain
         return lambda *operands: plain(spec, *operands)
     return _by_kernels(spec, o, is_traced)
@@ -135,11 +145,15 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     # Not annotated: the compiler of older releases of torch does not know unions.
     def around(x, weight, bias, residual, slope, *rest):
         y = call(x, weight, bias, residual, None if slope_behind else slope, *rest)
+        if spec.return_sum:
+            y, total = y
         if slope_behind:
             y = reference.finish(y, x, None, reference.on_torch(spec, slope, y), y.dtype)
         elif spec.kind in ROWS:
             # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
             y = reference.in_format_of(x, y)
+        if spec.return_sum:
+            return y, reference.in_format_of(x, total)
         return reference.padded(spec, y)
 
     return around

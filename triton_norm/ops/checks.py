@@ -6,11 +6,14 @@ statistics as they were.
 """
 
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..activations import ACTIVATIONS
+from ..launching.keys import is_for_torch
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import reference
 
@@ -29,7 +32,7 @@ def check(spec: Spec, o: Operands) -> bool:
     fits = _fits(spec, narrow)
     # A cumulative average, which torch's modules, not its functions, know.
     momentum = 0.0 if spec.momentum is None and o.count is not None else spec.momentum
-    if not (
+    if (o.count is not None and is_for_torch()) or not (
         fits
         and (spec.use_stats is True or (spec.use_stats is False and o.running_mean is not None))
         and isinstance(momentum, (float, int))
@@ -37,14 +40,20 @@ def check(spec: Spec, o: Operands) -> bool:
         and spec.eps > 0
     ):
         _ask_torch(spec, narrow, momentum)
+    if o.pre_residual is not None:
+        _check_pre_residual(o.x, o.pre_residual)
     return check_fused(spec, o.x, o.residual, o.slope) and fits
 
 
 def check_fused(spec: Spec, x: Tensor, residual: Tensor | None, slope: Tensor | None) -> bool:
-    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the PReLU slope."""
+    """Raises what is wrong with the fused parts for an input like x; whether the kernels take the activation."""
     if residual is not None:
         _check_residual(x, residual, spec.result(x))
     fits = slope is None or _check_slope(x, slope)
+    if spec.parameters:
+        # Of what torch refuses here, such as a maximum below the minimum, the kernels would compute something.
+        ACTIVATIONS[spec.activation].torch(x.new_empty(0), *spec.parameters)
+        fits = fits and not any(map(math.isnan, spec.parameters))
     check_padding_mode(spec.padding_mode)
     if spec.padding != 0:
         _check_padding(x, spec.padding, spec.padding_mode)
@@ -139,9 +148,24 @@ def _check_residual(x: Tensor, residual: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"residual must be like the input: expected {_describe(x)}, but got {_describe(residual)}")
 
 
+def _check_pre_residual(x: Tensor, pre_residual: Tensor) -> None:
+    if (
+        not isinstance(pre_residual, Tensor)
+        or pre_residual.shape != x.shape
+        or pre_residual.dtype not in (x.dtype, *HALF, torch.float32)
+        or pre_residual.device != x.device
+    ):
+        raise ValueError(
+            f"pre_residual must be like the input: expected {_describe(x)}, but got {_describe(pre_residual)}"
+        )
+
+
 def is_wide(spec: Spec, o: Operands) -> bool:
-    """Whether a weight or bias has more than one number per channel."""
-    return spec.kind in BY_CHANNEL and any(isinstance(p, Tensor) and p.dim() > 1 for p in (o.weight, o.bias))
+    """Whether a weight or bias has more than one number per channel, or more than one per column of a row."""
+    argument = spec.argument if spec.kind in ROWS else (1,)
+    if spec.kind not in (*BY_CHANNEL, *ROWS) or not isinstance(argument, (tuple, list)):
+        return False
+    return any(isinstance(p, Tensor) and p.dim() > len(argument) for p in (o.weight, o.bias))
 
 
 def matched(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -167,6 +191,52 @@ def matched(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tens
     if weight.dtype != bias.dtype:
         weight, bias = weight.float(), bias.float()
     return weight, bias
+
+
+def matched_rows(
+    argument: tuple[int, ...], x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Both affines of rows in one shape and dtype, after raising what is wrong with them.
+
+    The shape is x's unless the dims in front of a row along which the affine varies are neighbours, and the others too.
+    """
+    row, sizes, dtype = tuple(argument), tuple(x.shape), x.dtype
+    leading = sizes[: len(sizes) - len(row)]
+    if sizes != (*leading, *row):
+        # For torch to refuse.
+        return weight, bias
+    there = {name: p for name, p in (("weight", weight), ("bias", bias)) if p is not None}
+    for name, p in there.items():
+        if not (
+            isinstance(p, Tensor)
+            and _varies(p, leading, row) is not None
+            and (p.dtype == dtype or (p.dtype == torch.float32 and dtype in HALF))
+            and p.device == x.device
+        ):
+            raise ValueError(
+                f"{name} must have shape {row}, or that behind dims that broadcast against {leading}, "
+                f"for an input of {_describe(x)}, but got {_describe(p)}"
+            )
+    shape = torch.broadcast_shapes(*[p.shape for p in there.values()])
+    varies = [any(along) for along in zip(*[_varies(p, leading, row) for p in there.values()], strict=True)]
+    varies = [own for own, size in zip(varies, leading, strict=True) if size > 1]
+    if all(varies) or sum(a != b for a, b in pairwise(varies)) > 1:
+        shape = x.shape
+    weight, bias = (p if p is None or p.shape == shape else p.expand(shape) for p in (weight, bias))
+    if len({p.dtype for p in there.values()}) > 1:
+        weight, bias = weight.float(), bias.float()
+    return weight, bias
+
+
+def _varies(p: Tensor, leading: tuple[int, ...], row: tuple[int, ...]) -> list[bool] | None:
+    """Along which of the dims in front of a row p has several numbers; None where it is not to be broadcast to them."""
+    before = p.dim() - len(row)
+    if not 0 <= before <= len(leading) or tuple(p.shape[before:]) != row:
+        return None
+    lines = (1,) * (len(leading) - before) + tuple(p.shape[:before])
+    if not all(n in (1, size) for n, size in zip(lines, leading, strict=True)):
+        return None
+    return [n > 1 for n in lines]
 
 
 def _check_slope(x: Tensor, slope: Tensor) -> bool:

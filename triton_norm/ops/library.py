@@ -28,44 +28,49 @@ def _define(name: str, signature: str, function: Callable, fake: Callable) -> Ca
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _operands(x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance) -> Operands:
+def _operands(
+    x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, pre_residual
+) -> Operands:  # fmt: skip
     """Statistics that are given come as arguments of their own: the schema says that running ones are written."""
     given = mean is not None
     return Operands(
-        x, weight, bias, residual, slope, mean if given else running_mean, variance if given else running_var, count
+        x, weight, bias, residual, slope, mean if given else running_mean, variance if given else running_var, count,
+        pre_residual,
     )  # fmt: skip
 
 
 def _results(r: Results) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nothing = [t if t is not None else r.y.new_empty(0) for t in (r.statistics, r.plain)]
+    nothing = [t if t is not None else r.y.new_empty(0) for t in (r.statistics, r.second)]
     bits = r.y.new_empty(0, dtype=torch.uint8) if r.bits is None else r.bits
     return r.y, nothing[0], bits, nothing[1]
 
 
 def _forward(
-    x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec: str, keep_bits: bool
+    x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec: str, keep_bits: bool,
+    pre_residual=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    o = _operands(x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance)
+    o = _operands(x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, pre_residual)
     return _results(bound.forward(Spec.read(spec), o, keep_bits))
 
 
 def _forward_fake(
-    x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec: str, keep_bits: bool
+    x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec: str, keep_bits: bool,
+    pre_residual=None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    o = _operands(x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance)
+    o = _operands(x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, pre_residual)
     return _results(allocate(Spec.read(spec), o, keep_bits)[0])
 
 
 def _backward(
-    dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec: str, wanted: Sequence[bool]
+    dy, dsecond, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
     o = Operands(x, weight, bias, residual, slope, mean, variance)
-    found = bound.backward(Spec.read(spec), o, Saved(dy, dplain, statistics, bits), tuple(wanted))
+    found = bound.backward(Spec.read(spec), o, Saved(dy, dsecond, statistics, bits), tuple(wanted))
     return [t for t in found if t is not None]
 
 
 def _backward_fake(
-    dy, dplain, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec: str, wanted: Sequence[bool]
+    dy, dsecond, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
     asked = Spec.read(spec)
     like_y = empty_like(asked, dense(x) if asked.padding != 0 else x)
@@ -83,15 +88,15 @@ def _backward_fake(
 
 
 def _sums(
-    dy, dplain, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
+    dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
     o = Operands(x, weight, bias, residual, slope)
-    found = bound.backward(Spec.read(spec), o, Saved(dy, dplain, statistics, bits), tuple(wanted), Sums)
+    found = bound.backward(Spec.read(spec), o, Saved(dy, dsecond, statistics, bits), tuple(wanted), Sums)
     return [t for t in found if t is not None]
 
 
 def _sums_fake(
-    dy, dplain, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
+    dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
     made = (new_sums(slope, x), *(None if p is None else p.new_empty(p.shape) for p in (weight, bias, None, slope)))
     return [t for t, want in zip(made, wanted, strict=True) if want]
@@ -104,21 +109,21 @@ def _moments_fake(x: Tensor) -> Tensor:
 forward = _define(
     "forward",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, Tensor(c!)? count, Tensor? mean, Tensor? variance, str spec, bool keep_bits) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(b!)? running_var, Tensor(c!)? count, Tensor? mean, Tensor? variance, str spec, bool keep_bits, "
+    "Tensor? pre_residual=None) -> (Tensor, Tensor, Tensor, Tensor)",
     _forward,
     _forward_fake,
 )
 backward = _define(
     "backward",
-    "(Tensor? dy, Tensor? dplain, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
+    "(Tensor? dy, Tensor? dsecond, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
     "Tensor? mean, Tensor? variance, Tensor? statistics, Tensor? bits, str spec, bool[] wanted) -> Tensor[]",
     _backward,
     _backward_fake,
 )
 sums = _define(
     "sums",
-    "(Tensor? dy, Tensor? dplain, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
+    "(Tensor? dy, Tensor? dsecond, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
     "Tensor statistics, Tensor? bits, str spec, bool[] wanted) -> Tensor[]",
     _sums,
     _sums_fake,

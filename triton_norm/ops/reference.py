@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..activations import ACTIVATIONS, Resolved
+from ..launching.keys import is_mapped
 from ..spec import ROWS, Operands, Spec
 
 Activation = Callable[[Tensor], Tensor]
@@ -35,6 +36,11 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
 
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """The whole call: ``normalize``, and the padding; computed in float32 where the result's dtype is not x's."""
+    x, *rest, pre_residual = operands
+    if pre_residual is not None:
+        total = (x + pre_residual).to(x.dtype)
+        y = call(spec.but(return_sum=False), total, *rest, None)
+        return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
     dtype, spec = spec.result(operands[0]), spec.but(dtype=None)
@@ -44,12 +50,12 @@ def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
 
 def _widened(x: Tensor, *rest: Tensor | None) -> list[Tensor | None]:
     """The operands in float32, float64 ones apart: of running statistics, which are updated, nobody has another."""
-    *first, mean, var, count = (x, *rest)
+    *first, mean, var, count, _ = (x, *rest)
     # torch wants x to be like running statistics in half precision.
     if mean is None or mean.dtype not in (torch.float16, torch.bfloat16):
         wide = torch.promote_types(x.dtype, torch.float32)
         first = [None if t is None else t.to(wide) for t in first]
-    return [*first, mean, var, count]
+    return [*first, mean, var, count, None]
 
 
 def padded(spec: Spec, y: Tensor) -> Tensor | tuple[Tensor, Tensor]:
@@ -70,6 +76,8 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         if momentum is None:
             momentum = 1.0 / float(o.count)
     activation = on_torch(spec, o.slope, x)
+    # In other strides torch's sums on the CPU lose digits: at mean 1e4 its group norm in channels_last keeps none.
+    dense = x.contiguous() if kind in ("instance", "group") else x
     if kind == "instance" and x.shape[0] == 1:
         # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
         # output comes in channels_last.
@@ -78,8 +86,9 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         weight = 1 + weight
     # torch 2.13's group norm with a bias alone has no gradient on the CPU.
     composed = correction or (kind == "group" and weight is None and bias is not None)
-    if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
-        y = norm(spec, Operands(x, weight, o.bias, None, None, o.running_mean, o.running_var), eps, momentum)
+    dims = len(spec.argument) if kind in ROWS else 1
+    if not composed and all(p is None or p.dim() <= dims for p in (weight, bias)):
+        y = norm(spec, Operands(dense, weight, bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
     scale = 1.0
     if correction:
@@ -87,7 +96,7 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         n = _count(spec, x)
         part = (n - correction) / n
         scale, eps = part**0.5, eps * part
-    y = norm(spec, Operands(x, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
+    y = norm(spec, Operands(dense, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
     return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
 
 
@@ -174,7 +183,10 @@ def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
     """y in channels_last where x is: torch's instance norm on the CPU and some of its pads lose it."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is not None and not x.is_contiguous() and x.is_contiguous(memory_format=channels_last):
+    if channels_last is None or x.is_contiguous() or is_mapped():
+        # vmap knows no memory formats.
+        return y
+    if x.is_contiguous(memory_format=channels_last):
         return y.contiguous(memory_format=channels_last)
     return y
 

@@ -55,23 +55,23 @@ class _Synchronized(Function):
         ctx.save_for_backward(*saved_of(spec, o, ctx.bits)[:INPUTS], mean, variance, n)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dplain: Tensor | None, _: None):
+    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None, _: None):
         spec, wanted = ctx.spec, list(ctx.needs_input_grad[:INPUTS])
         found: Sequence[Tensor | None] = ()
         # Compiled, the gradient of an output that is not there comes as an empty tensor.
-        dplain = dplain if ctx.has_plain else None
+        dsecond = dsecond if ctx.has_plain else None
         dresidual = None
         if wanted[3] and passes_on(spec):
             wanted[3], dresidual = False, dy
-        if any(wanted) and (dy is not None or dplain is not None):
-            found = _SynchronizedBackward.apply(dy, dplain, *ctx.saved_tensors, ctx.bits, spec, tuple(wanted))
+        if any(wanted) and (dy is not None or dsecond is not None):
+            found = _SynchronizedBackward.apply(dy, dsecond, *ctx.saved_tensors, ctx.bits, spec, tuple(wanted))
         g = spread(found, wanted) if found else [None] * INPUTS
         return *g[:3], g[3] if dresidual is None else dresidual, g[4], *(None,) * 5
 
 
 class _SynchronizedBackward(NormalizeBackward):
     @staticmethod
-    def forward(dy, dplain, x, weight, bias, residual, slope, mean, variance, n, bits, spec, wanted):
+    def forward(dy, dsecond, x, weight, bias, residual, slope, mean, variance, n, bits, spec, wanted):
         if x.numel() == 0:
             if wanted[0]:
                 ranks.Sum.apply(mean.new_zeros(2, len(mean)), spec.process_group)
@@ -87,13 +87,13 @@ class _SynchronizedBackward(NormalizeBackward):
         sums = mean.new_zeros(2, len(mean))
         if any(first):
             asked = (True, *first[1:])
-            gradients = spread(library.sums(dy, dplain, *operands, statistics, bits, spec.text(), list(asked)), asked)
+            gradients = spread(library.sums(dy, dsecond, *operands, statistics, bits, spec.text(), list(asked)), asked)
             sums, gradients[0] = gradients[0][:2], None
         if wanted[0]:
             sums = ranks.Sum.apply(sums, spec.process_group) * (ranks.per_channel(x) / n)
         if any(second):
             statistics = torch.cat([statistics, sums])
-            rest = library.backward(dy, dplain, *operands, None, None, statistics, bits, spec.text(), list(second))
+            rest = library.backward(dy, dsecond, *operands, None, None, statistics, bits, spec.text(), list(second))
             gradients = [a if b is None else b for a, b in zip(gradients, spread(rest, second), strict=True)]
         return tuple([t for t in gradients if t is not None])
 

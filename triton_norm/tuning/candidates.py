@@ -11,7 +11,19 @@ from dataclasses import dataclass, replace
 
 from ..geometry import Geometry
 from . import plan as planning
-from .plan import LARGEST_TILE, MOST_THREADS, MOST_WARPS, SECTOR, TILE, Device, Plan, cdiv, power_of_2
+from .plan import (
+    LARGEST_TILE,
+    MOST_CTAS,
+    MOST_THREADS,
+    MOST_WARPS,
+    REGISTERS,
+    SECTOR,
+    TILE,
+    Device,
+    Plan,
+    cdiv,
+    power_of_2,
+)  # fmt: skip
 
 #: Bytes that memory could have moved in the time that one more kernel costs: about 2 µs at 3 TB/s.
 LAUNCH_BYTES = 6 * 2**20
@@ -23,7 +35,6 @@ FROM_L2 = 0.25
 ALONE = 1.3
 #: A plan that is to take so many times as long as the best by this model is not measured.
 HOPELESS = 2.0
-REGISTERS = 65536
 THREADS = 2048
 #: Registers of a thread that hold no elements.
 OVERHEAD = 24
@@ -42,6 +53,10 @@ class Work:
     extra: str
     device: Device
     affine: str = "row"
+    #: Further tensors: forward what is added to x and, where that is kept, the sum; backward the sum's gradient.
+    beside: int = 0
+    #: How many affines per column there are; 1 where all rows share one.
+    samples: int = 1
 
     def heuristic(self) -> Plan:
         return planning.choose(
@@ -51,10 +66,12 @@ class Work:
     @property
     def streams(self) -> float:
         """Tensors that must be read or written at least once, in units of the input."""
-        least = 3.0 if self.backward else 2.0
+        least = (3.0 if self.backward else 2.0) + self.beside
         if self.affine == "element":
             # Weight and bias; backward the weight, and the gradients of both.
             least += 3.0 if self.backward else 2.0
+        elif self.samples > 1:
+            least += (3.0 if self.backward else 2.0) * self.samples / self.geometry.rows
         if self.extra == "none":
             return least
         bits = 1 / (8 * self.itemsize)
@@ -72,12 +89,14 @@ class Work:
 
     def allows(self, plan: Plan) -> bool:
         """Whether the plan computes this work correctly, however fast."""
-        g, blocks = self.geometry, (plan.rows, plan.block_k, plan.block_s, plan.warps, plan.fold)
+        g, blocks = self.geometry, (plan.rows, plan.block_k, plan.block_s, plan.warps, plan.fold, plan.ctas)
         if min(*blocks, plan.steps, plan.splits) < 1 or any(n & (n - 1) for n in blocks):
             return False
         if plan.rows * plan.block_k * plan.block_s > LARGEST_TILE or plan.steps > g.rows * g.columns:
             return False
         if plan.warps > MOST_WARPS or _threads(self, plan) > MOST_THREADS:
+            return False
+        if plan.ctas > min(self.device.cluster, MOST_CTAS) or (plan.ctas > 1 and plan.regime != "persistent"):
             return False
         if plan.fold > 1:
             # One bit per element is stored by whole bytes, in each of the fold's parts.
@@ -106,7 +125,8 @@ def candidates(work: Work, most: int) -> list[Plan]:
     ``HOPELESS`` times as long as the best.
     """
     chosen = work.heuristic()
-    plans = {p for p in (*_persistent(work, chosen), *_split(work)) if _registers_suffice(work, p)}
+    plans = (*_persistent(work, chosen), *_clusters(work), *_split(work))
+    plans = {p for p in plans if _registers_suffice(work, p)}
     costs = {p: cost(work, p) for p in plans | {chosen}}
     best = min(costs.values())
     # The order must not depend on hashes. Warps near the heuristic ones come first among plans of one tile.
@@ -122,8 +142,14 @@ def candidates(work: Work, most: int) -> list[Plan]:
     return [chosen, *([other] if other else []), *(p for p in ranked if p != other)][:most]
 
 
+def cluster(work: Work) -> Plan | None:
+    """The plan for a thread-block cluster that is expected to take the least time, None where there is none."""
+    plans = [p for p in _clusters(work) if _registers_suffice(work, p)]
+    return min(plans, key=lambda p: (cost(work, p), p.ctas, -p.warps), default=None)
+
+
 def _tile(plan: Plan) -> tuple:
-    return plan.regime, plan.rows, plan.block_k * plan.block_s
+    return plan.regime, plan.ctas, plan.rows, plan.block_k * plan.block_s
 
 
 def cost(work: Work, plan: Plan) -> float:
@@ -133,7 +159,7 @@ def cost(work: Work, plan: Plan) -> float:
     launches, again = 1, 0.0
     row_blocks = plan.row_blocks(g)
     if plan.regime == "persistent":
-        row_blocks = cdiv(row_blocks, plan.steps)
+        row_blocks = work.samples * cdiv(row_blocks // work.samples, plan.steps)
     if work._sums_columns and plan.regime == "persistent":
         launches = 2
         # Two float32 numbers per column and program, written and read.
@@ -149,10 +175,10 @@ def cost(work: Work, plan: Plan) -> float:
             again *= FROM_L2
     moved = (work.streams + again) * tensor * _sectors(work, plan)
     # Masked elements of a tile cost no bytes, but they occupy its registers and hide no latency.
-    programs = row_blocks * plan.splits
+    programs = row_blocks * plan.splits * plan.ctas
     resident = _resident(work, plan)
     under_way = min(programs, resident * work.device.multiprocessors)
-    useful = min(plan.rows, g.G) * min(plan.block_k * plan.block_s, g.columns) * work.itemsize
+    useful = min(plan.rows, g.G) * min(plan.block_k * plan.block_s, g.columns) * work.itemsize / plan.ctas
     share = min(under_way * useful / (work.device.multiprocessors * IN_FLIGHT), 1.0)
     busy = min(programs / work.device.multiprocessors, 1.0)
     alone = ALONE if resident == 1 and plan.regime == "persistent" else 1.0
@@ -190,7 +216,7 @@ def _threads(work: Work, plan: Plan) -> int:
 
 def _need(work: Work, plan: Plan) -> float:
     """Registers per thread."""
-    elements = plan.rows * plan.block_k * plan.block_s
+    elements = plan.rows * plan.block_k * plan.block_s // plan.ctas
     return OVERHEAD + _per_element(work, plan) * max(elements / _threads(work, plan), 1)
 
 
@@ -199,7 +225,7 @@ def _registers_suffice(work: Work, plan: Plan) -> bool:
 
 
 def _resident(work: Work, plan: Plan) -> int:
-    """Programs that one multiprocessor runs at a time."""
+    """Programs, or CTAs of their clusters, that one multiprocessor runs at a time."""
     threads = _threads(work, plan)
     return max(min(THREADS // threads, int(REGISTERS // (threads * min(_need(work, plan), 255))), 32), 1)
 
@@ -235,6 +261,26 @@ def _persistent(work: Work, chosen: Plan) -> Iterator[Plan]:
     if chosen.fold > 1:
         for warps in _warps(columns, work.device, (32, 64)):
             yield Plan("persistent", 1, chosen.block_k, chosen.block_s, 1, 1, warps, chosen.fold)
+
+
+def _clusters(work: Work) -> Iterator[Plan]:
+    """Rows too long for one program, in the registers of the fewest CTAs that hold them, or of twice as many."""
+    g = work.geometry
+    block_k, block_s, span = power_of_2(g.K), power_of_2(g.S), power_of_2(g.group)
+    columns = block_k * block_s
+    limit = planning.register_limit(g, columns * span, work.itemsize, work.backward, work.extra, work.affine)
+    # Programs with an affine per column walk blocks of rows, which one cluster would do one after the other.
+    if not work.reduce or columns * span <= limit or work.affine == "column":
+        return
+    narrowest = max(span, min(power_of_2(g.G), SECTOR // work.itemsize)) if g.transposed else span
+    rows = min(narrowest, power_of_2(g.G // g.group) * span)
+    fewest = power_of_2(cdiv(rows * columns, limit))
+    # Elements that are not read in wide pieces have addresses of their own, which take registers.
+    per_thread = (16, 32) if g.transposed or planning.vectorizes(g) else (8, 16)
+    for ctas in (fewest, 2 * fewest):
+        if ctas <= work.device.cluster:
+            for warps in _warps(rows * columns // ctas, work.device, per_thread):
+                yield Plan("persistent", rows, block_k, block_s, 1, 1, warps, ctas=ctas)
 
 
 def _split(work: Work) -> Iterator[Plan]:

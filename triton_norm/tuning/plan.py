@@ -14,8 +14,10 @@ MOST_ROWS = 128
 SECTOR = 32
 #: A tensor of at most this many bytes stays in L2, and the extra sectors cost less than two more launches.
 NARROW_BYTES = 4 * 2**20
+#: Of a multiprocessor whose warps have 32 lanes; with 64 it has twice as many.
+REGISTERS = 65536
 #: What no plan exceeds: elements of a tile, which is Triton's own limit, and what a GPU gives to one program.
-LARGEST_TILE, MOST_WARPS, MOST_THREADS = 2**20, 32, 1024
+LARGEST_TILE, MOST_WARPS, MOST_THREADS, MOST_CTAS = 2**20, 32, 1024, 16
 #: Partials that each program of the last pass combines by itself rather than in a launch of its own.
 INLINE_PARTIALS = 1024
 
@@ -29,6 +31,8 @@ class Device:
     l2_bytes: int = 50 * 2**20
     #: That a multiprocessor runs at a time.
     threads: int = 2048
+    #: CTAs at most of a thread-block cluster; 1 where there are none, or Triton does not compile these kernels for any.
+    cluster: int = 1
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,8 @@ class Plan:
     A tile is ``rows`` rows of ``block_k * block_s`` columns. "persistent": one program holds whole rows in one tile.
     "split": ``splits`` programs share a row and walk ``steps`` tiles each. All block sizes are powers of two.
     A ``fold`` above 1 lays a row's S columns as (fold, S / fold). A persistent program takes ``steps`` blocks of rows,
-    more than one only of norms with an affine per column, which then stays in registers.
+    more than one only of norms with an affine per column, which then stays in registers. It is a cluster of ``ctas``
+    thread blocks, of ``warps`` each, which hold the tile together and sum it through distributed shared memory.
     """
 
     regime: str
@@ -49,6 +54,7 @@ class Plan:
     steps: int
     warps: int
     fold: int = 1
+    ctas: int = 1
 
     @property
     def inline(self) -> bool:
@@ -98,13 +104,18 @@ def choose(
         narrow = geometry.transposed and rows * itemsize < min(SECTOR // 2, geometry.G * itemsize)
         if not narrow or geometry.rows * geometry.columns * itemsize <= NARROW_BYTES:
             elements = rows * columns
-            scattered = geometry.transposed or not _vectorizes(geometry)
+            scattered = geometry.transposed or not vectorizes(geometry)
             # Where each element has an address of its own, fewer threads with more registers each is what fits.
             few = elements >= FULL_TILE and (geometry.transposed or (backward and scattered))
             threads = 256 if few else 512
+            # Layer norms of channels_first: a row is spread over all warps, and the fewer these are, the less it takes
+            # to sum it. Only as half-precision numbers do so many elements a thread stay in registers.
+            by_channel = affine == "column" and geometry.transposed and not backward
+            fewest = by_channel and itemsize == 2 and extra == "none" and elements <= FULL_TILE
+            threads = 128 if fewest else threads
             per_thread = _per_thread(geometry, backward, affine != "row")
             # What is read beside x and dy, a number at a time or next to an affine, takes its own registers.
-            beside = not geometry.transposed and not _vectorizes(geometry) and backward
+            beside = not geometry.transposed and not vectorizes(geometry) and backward
             if extra != "none" and (beside or (affine == "column" and itemsize > 2)):
                 per_thread //= 2
             warps = _warps(elements, per_thread, threads, device)
@@ -114,14 +125,15 @@ def choose(
             block_k, block_s = power_of_2(geometry.K) * fold, power_of_2(geometry.S) // fold
             plan = Plan("persistent", rows, block_k, block_s, 1, 1, warps, fold)
             if affine == "column":
-                # No more programs than run at a time, at the registers that a thread of each direction takes.
-                resident = max(device.threads // (device.warp_size * warps) // (4 if backward else 2), 1)
-                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), resident * device.multiprocessors))
+                # No more programs than run at a time, at the registers that most of these kernels take.
+                registers = 126 if backward or fewest else 98 if geometry.transposed else 80
+                places = _places(registers, warps, device) or device.multiprocessors
+                plan = replace(plan, steps=cdiv(plan.row_blocks(geometry), places))
             return plan
     return _split(geometry, itemsize, backward, affine, device)
 
 
-def _vectorizes(geometry: Geometry) -> bool:
+def vectorizes(geometry: Geometry) -> bool:
     """Whether 16 divides the rows of a contiguous layout, so that they are read in 16-byte pieces in every dtype."""
     return not geometry.padded and geometry.S % 16 == 0
 
@@ -146,7 +158,7 @@ def register_limit(
         return FULL_TILE // 4 if backward else FULL_TILE // 2
     if geometry.padded:
         return FULL_TILE // 2
-    aligned = _vectorizes(geometry)
+    aligned = vectorizes(geometry)
     # Rows of groups whose size is no power of two are not neighbours, so every one has an offset to keep.
     uneven = geometry.group != power_of_2(geometry.group)
     if not backward:
@@ -185,17 +197,37 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
     if not geometry.transposed:
         # Every row has a 64-bit offset of its own, so not too many of them.
         rows = max(min(power_of_2(geometry.G), tile // (block_s * block_k), MOST_ROWS), 1)
-    tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
-    row_blocks = geometry.A * cdiv(geometry.G, rows)
-    steps = cdiv(tiles, min(cdiv(4 * device.multiprocessors, row_blocks), tiles))
-    if geometry.transposed:
-        # Partial results of many rows a tile are some 5 percent of its bytes, unless a program walks a few tiles.
-        steps = max(steps, min(4, tiles))
     per_thread = _per_thread(geometry, backward, geometry.transposed or affine == "element")
     if affine == "column" or (affine == "element" and backward):
         per_thread //= 2
     warps = _warps(rows * block_k * block_s, per_thread, 512, device)
+    tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
+    row_blocks = geometry.A * cdiv(geometry.G, rows)
+    # Read from compiled code for sm_90: what most of these kernels take.
+    registers = (126 if backward else 80) if geometry.transposed else 80 if backward and warps < 16 else 64
+    # The device that stands for the interpreter has room for none; a row is to be shared there too.
+    steps = _steps(tiles, row_blocks, device, _places(registers, warps, device) or 4 * device.multiprocessors)
     return Plan("split", rows, block_k, block_s, cdiv(tiles, steps), steps, warps)
+
+
+def _steps(tiles: int, row_blocks: int, device: Device, places: int) -> int:
+    """Tiles that each program walks: so that those that run at a time, round after round, have the fewest to walk.
+
+    Of equal ones the most: a last round of few programs takes as long as any.
+    """
+    # A program that walks one tile loads, computes and stores in turn, and partial results of the many rows of a
+    # channels_last tile are some 5 percent of the bytes of two; but multiprocessors that idle cost more.
+    least = 2 if row_blocks * cdiv(tiles, 2) >= 2 * device.multiprocessors else 1
+    splits = (max(rounds * places // row_blocks, 1) for rounds in range(1, 9))
+    options = {min(max(cdiv(tiles, n), least), tiles) for n in splits}
+    return min(options, key=lambda steps: (cdiv(row_blocks * cdiv(tiles, steps), places) * steps, -steps))
+
+
+def _places(registers: int, warps: int, device: Device) -> int:
+    """Programs that run at a time, of so many warps with so many registers a thread."""
+    threads = warps * device.warp_size
+    by_registers = REGISTERS * device.warp_size // 32 // (registers * threads)
+    return min(device.threads // threads, by_registers) * device.multiprocessors
 
 
 def _per_thread(geometry: Geometry, backward: bool, scattered: bool = False) -> int:

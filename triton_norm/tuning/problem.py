@@ -42,4 +42,6 @@ def key(kind: str, dtype: str, work: Work) -> str:
     planes = f" H={g.H} y_d={g.y_d}" if g.padded else ""
     rest = f" group={g.group}" if g.group > 1 else ""
     rest += f" affine={work.affine}" if work.affine != "row" else ""
+    rest += f" samples={work.samples}" if work.samples > 1 else ""
+    rest += f" beside={work.beside}" if work.beside else ""
     return f"{kind} {direction} {dtype} statistics={statistics} extra={work.extra} {sizes} {strides}{planes}{rest}"
