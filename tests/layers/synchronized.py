@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import triton_norm as tn
 
@@ -74,9 +75,9 @@ def matches(
     assert norm.num_batches_tracked == 1
 
 
-def twins(**options) -> tuple[nn.Module, nn.Module]:
+def twins(name: str = "BatchNorm2d", **options) -> tuple[nn.Module, nn.Module]:
     """A synchronized norm, and what it is to be for the whole batch."""
-    theirs = oracle.torchs("BatchNorm2d", CHANNELS, dtype=torch.float64, **options)
+    theirs = oracle.torchs(name, CHANNELS, dtype=torch.float64, **options)
     ours = tn.SyncBatchNorm(CHANNELS, dtype=torch.float64, **options)
     if theirs.affine:
         with torch.no_grad():
@@ -185,6 +186,36 @@ def only_some_gradients() -> None:
         pairs.append((ours(part(x, sizes)), part(theirs(x), sizes)))
     for got, want in pairs:
         oracle.assert_close(got, want, torch.float64)
+
+
+def forwards_before_backward() -> None:
+    """Of a discriminator: of two batches, one of them checkpointed, which counts it twice, as torch does."""
+    ours, theirs = twins()
+    x, r, sizes = batch(0), batch(1), (1, 2, 3)
+    pairs = []
+    for norm, give in ((ours, partial(part, sizes=sizes)), (theirs, torch.clone)):
+        leaves = [give(x).requires_grad_(), give(r).requires_grad_()]
+        first = checkpoint(norm, leaves[0], use_reentrant=False)
+        (first.sin().sum() + norm(leaves[1]).cos().sum()).backward()
+        pairs.append([leaf.grad for leaf in leaves])
+    for got, want in zip(*pairs, strict=True):
+        oracle.assert_close(got, part(want, sizes), torch.float64)
+    assert theirs.num_batches_tracked == 3
+    same_state(ours, theirs)
+
+
+def windows() -> None:
+    """Inputs that lie in memory in ways that no kernel walks."""
+    ours, theirs = twins("BatchNorm3d")
+    volume = torch.randn(6, 6, 5, 6, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    window, sizes = volume[:, 1:-1, 1:-1, 1:-2, 2:-1], (1, 2, 3)
+    pairs = []
+    for norm, give in ((ours, partial(part, sizes=sizes)), (theirs, torch.Tensor.contiguous)):
+        leaf = give(window).detach().requires_grad_()
+        y = norm(leaf)
+        pairs.append((y, *torch.autograd.grad(y.sin().sum(), leaf)))
+    for got, want in zip(*pairs, strict=True):
+        oracle.assert_close(got, part(want, sizes), torch.float64)
 
 
 def spade() -> None:
@@ -328,6 +359,8 @@ def _cases() -> dict[str, Callable[[], None]]:
         "nothing at all": nothing_at_all,
         "gradients of gradients": gradients_of_gradients,
         "some gradients": only_some_gradients,
+        "forwards before backward": forwards_before_backward,
+        "windows": windows,
         "SPADE": spade,
         "converted": converted,
         "compiled": partial(compiled, "aot_eager"),
