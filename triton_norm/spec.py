@@ -62,6 +62,8 @@ class Spec(NamedTuple):
     dtype: str | None = None
     #: Whether the result is (that, x + pre_residual), the sum in x's dtype.
     return_sum: bool = False
+    #: Of "batch" alone: the name of the process group whose ranks take their statistics together.
+    process_group: str | None = None
 
     def width(self, shape: Sequence[int]) -> int:
         """Channels in a group, or elements in a row of trailing dims; 0 of the other kinds."""

@@ -12,7 +12,6 @@ from torch import nn
 
 import triton_norm as tn
 from triton_norm import functional
-from triton_norm.layers import sync
 from triton_norm.ops import call as calls
 from triton_norm.ops.checks import matched
 
@@ -734,28 +733,6 @@ def test_other_errors_of_modules(backend):
         tn.GroupNorm(3, 4)
 
 
-@pytest.fixture
-def one_process():
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def test_sync_batch_norm_wants_a_gpu_as_torch_does(one_process, monkeypatch):
-    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
-    ours, theirs = tn.SyncBatchNorm(4), nn.SyncBatchNorm(4)
-    x = torch.randn(2, 4, 3, 5)
-    errors = []
-    for module in (ours, theirs):
-        with pytest.raises(ValueError) as raised:
-            module(x)
-        errors.append(str(raised.value))
-    assert errors[0] == errors[1] and "GPU" in errors[0]
-    assert not ours.running_mean.any() and ours.num_batches_tracked == 0
-    assert_close(ours.eval()(x), theirs.eval()(x), torch.float32)
-
-
 @pytest.mark.parametrize("shape, message", [((4,), "expected at least 2D input"), ((2, 0, 3), "non-zero")])
 def test_sync_batch_norm_input(backend, shape, message):
     errors = []
@@ -764,44 +741,6 @@ def test_sync_batch_norm_input(backend, shape, message):
             package.SyncBatchNorm(4).to(backend.device)(torch.ones(shape, device=backend.device))
         errors.append(str(raised.value))
     assert errors[0] == errors[1]
-
-
-class _OneRank:
-    """Stands for torch's synchronized function: a rank whose peers hold what it holds itself."""
-
-    @staticmethod
-    def apply(x, weight, bias, running_mean, running_var, eps, momentum, group, ranks):
-        assert (group, ranks) == ("group", 2)
-        return F.batch_norm(x, running_mean, running_var, weight, bias, True, momentum, eps)
-
-
-@pytest.mark.parametrize("name", ["SyncBatchNorm", "SPADE2d", "ConditionalBatchNorm2d"])
-def test_synchronized(backend, name, monkeypatch):
-    """What surrounds torch's synchronized function."""
-    module, *inputs = everything(backend)[name]
-    twin = randomized(copy.deepcopy(module))
-    module = tn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(twin))
-    monkeypatch.setattr(tn.SyncBatchNorm, "_peers", lambda self, input: ("group", 2))
-    monkeypatch.setattr(sync, "_synchronized", _OneRank)
-    if name == "SyncBatchNorm":
-        twin = tn.BatchNorm2d(4, activation="relu").to(backend.device)
-        twin.load_state_dict(module.state_dict())
-    x = image(backend)
-    leaves = [x.clone().requires_grad_() for _ in range(2)]
-    outputs = [m(t, *inputs, residual=t, padding=1) for m, t in zip((module, twin), leaves, strict=True)]
-    if name == "SyncBatchNorm":
-        assert_close(*(m(x, unit_offset=True) for m in (module, twin)), torch.float32)
-    assert_close(*outputs, torch.float32)
-    assert_close(
-        *(torch.autograd.grad(y.sin().sum(), t)[0] for y, t in zip(outputs, leaves, strict=True)), torch.float32
-    )
-    for got, want in zip(module.buffers(), twin.buffers(), strict=True):
-        assert_close(got, want, torch.float32)
-    for error, wrong in ((ValueError, {"residual": x[:1]}), (RuntimeError, {"activation": nn.PReLU(7).to(x.device)})):
-        with pytest.raises(error):
-            module(x, *inputs, **wrong)
-    assert_close(*(next(iter(m.buffers())) for m in (module, twin)), torch.float32)
-    assert_close(module.eval()(x, *inputs), twin.eval()(x, *inputs), torch.float32)
 
 
 def test_conversion_keeps_everything():

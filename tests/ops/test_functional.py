@@ -66,6 +66,12 @@ def test_activations(backend, kind, activation):
     check(arguments(kind, device=backend.device, residual=kind == "batch", activation=activation))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_slopes_that_dtypes_round(backend, dtype):
+    """One bit per element stands for the residual where lines split into bytes."""
+    check(arguments("batch", (2, 3, 4, 8), dtype, backend.device, residual=True, activation=nn.LeakyReLU(0.2)))
+
+
 @pytest.mark.parametrize("dtype, slope_dtype", [(d, d) for d in DTYPES] + [(torch.bfloat16, torch.float32)])
 @pytest.mark.parametrize("parameters", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)

@@ -70,6 +70,9 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
     forwards that depend on data, on ``training`` or on random numbers, or that set attributes. In those, only
     neighbours in an ``nn.Sequential`` are fused. ``fuse_report`` says what became of each norm.
 
+    What ``torch.distributed.fsdp.fully_shard`` has sharded is fused with ``inplace=True``: every sharded module keeps
+    its forward. Sharded afterwards, one whose forward became part of another's would never be gathered.
+
     ``inference=True`` also folds batch norms into the convolutions before them, which copies those convolutions'
     parameters and removes the batch norms' from the ``state_dict``. Raises ``ValueError`` in training mode, and
     ``TypeError`` for what is no module.

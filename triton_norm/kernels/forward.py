@@ -62,7 +62,8 @@ def finish(
             store_tile(results.second, at, tile, value)
     if results.bits is not None:
         # An activation with a slope keeps none.
-        on = activation.DERIVATIVE(z, activation.P0, activation.P1) != activation.OFF
+        # In z's dtype: releases before 3.9 would compare with a float32 constant, which is another number in float64.
+        on = activation.DERIVATIVE(z, activation.P0, activation.P1) != tl.full(z.shape, activation.OFF, z.dtype)
         store_bits(results.bits, on, rows, tile, sizes, BLOCK)
 
 

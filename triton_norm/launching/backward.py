@@ -25,6 +25,8 @@ class Saved(NamedTuple):
 
     dy: Tensor | None
     dsecond: Tensor | None
+    #: As ``forward.Results`` has them. Of a batch norm over ranks they are all ranks', and behind them are the ``Sums``
+    #: of all ranks, over N, times how many numbers a channel has on this rank: (4, C).
     statistics: Tensor | None
     bits: Tensor | None
 
@@ -56,7 +58,7 @@ class Backward:
         self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
-        self._steps = _bind(spec, *tidy, plain, self.wanted, plans)
+        self._steps = _bind(type(self), spec, *tidy, plain, self.wanted, plans)
 
     def _like_plain(self, t: Tensor) -> Tensor:
         return t.new_empty_strided(*self._plain)
@@ -94,6 +96,25 @@ class Backward:
         return g
 
 
+class Sums(Backward):
+    """What ranks add up before any has its gradient of x, of a batch norm with all ranks' statistics.
+
+    In that gradient's place are Σ g x̂ and Σ g of each of a rank's channels, (2 or 3, C), with g the gradient of x̂; or,
+    where one weight serves a channel, that gradient without the weight. Beside it are the gradients of weight and bias,
+    unless these are per element, and of slope.
+    """
+
+    def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
+        super().__init__(spec, o, saved, wanted, plans)
+        self._new = partial(new_sums, o.slope)
+
+
+def new_sums(slope: Tensor | None, x: Tensor) -> Tensor:
+    """What ``Sums`` are written to."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty((2 if slope is None else 3, x.shape[1]), dtype=dtype)
+
+
 def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
     """The dtype of a residual's gradient: one that holds x's and the result's, as the residual may have either."""
     return torch.promote_types(x.dtype, spec.result(x))
@@ -104,29 +125,34 @@ def _contiguous(p: Tensor) -> Tensor:
 
 
 def _bind(
-    spec: Spec, o: Operands, saved: Saved, plain: Tensor, asked: Gradients, plans: Planner
+    kind: type[Backward], spec: Spec, o: Operands, saved: Saved, plain: Tensor, asked: Gradients, plans: Planner
 ) -> Steps:  # fmt: skip
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
-    trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
+    trial = partial(_on_scratch, kind, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
     extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
     t = tiling.cut(
         spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine, per_channel=per_channel,
-        reduce=spec.use_stats and not per_channel, extra=extra, backward=True, plans=plans, scratch=trial,
-        beside=int(spec.padding == 0 and saved.dsecond is not None),
+        reduce=spec.use_stats and spec.process_group is None and not per_channel, extra=extra, backward=True,
+        plans=plans, scratch=trial, beside=int(spec.padding == 0 and saved.dsecond is not None),
     )  # fmt: skip
-    regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
+    if kind is Sums:
+        regime = _sums
+    elif spec.process_group is not None:
+        regime = _summed
+    else:
+        regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
     # Sums of a row: those for dx and the affine, and one for the slope.
     return regime(t, affine, asked, 2 if o.slope is None else 3)
 
 
 def _on_scratch(
-    spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[bool], problem
+    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[bool], problem
 ) -> Callable[[Plan], Callable[[], object]]:
     o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
 
     def with_plan(plan: Plan) -> Callable[[], object]:
-        return partial(Backward(spec, o, saved, wanted, tiling.on_trial(problem, plan)), o, saved)
+        return partial(kind(spec, o, saved, wanted, tiling.on_trial(problem, plan)), o, saved)
 
     return with_plan
 
@@ -221,6 +247,49 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
             finish(partials, g)
         if columns is not None:
             columns(o, saved, g)
+
+    return steps
+
+
+def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+    """The first of two halves: ``Sums``."""
+    splits, rows, channels, dtype = t.plan.splits, t.geometry.rows, t.geometry.channels, t.dtype
+    first = _gradient(t, affine, splits)
+    by_sample = affine.per_sample is not None
+    if by_sample:
+        total = sums.shared_sums(t, affine)
+        finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) else None
+    else:
+        total = sums.column_sums(t, splits * rows // channels, channels, planes)
+
+    def steps(*of: tuple) -> None:
+        o, saved, g = _named(*of)
+        partials = o.x.new_empty(planes * splits * rows, dtype=dtype)
+        first(
+            o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
+            partials, o.weight, o.bias, o.slope,
+        )  # fmt: skip
+        if not by_sample:
+            total(partials, g.x, *g.of_rows(affine))
+            return
+        total(partials, o.weight, g.x)
+        if finish is not None:
+            finish(partials, g)
+
+    return steps
+
+
+def _summed(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+    """The second: what is per element, from the sums of all ranks."""
+    last = _gradient(t, affine, 1)
+
+    def steps(*of: tuple) -> None:
+        o, saved, g = _named(*of)
+        statistics, totals = saved.statistics.view(2, -1)
+        last(
+            o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, False), o.residual, saved.bits,
+            statistics, None, None, totals, None, o.weight, o.bias, o.slope,
+        )  # fmt: skip
 
     return steps
 

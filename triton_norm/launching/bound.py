@@ -3,10 +3,12 @@
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 from ..spec import Operands, Spec
 from ..tuning import autotune
-from .backward import Backward, Saved
-from .forward import Forward, Results
+from .backward import Backward, Saved, Sums
+from .forward import Forward, Moments, Results
 from .keys import Table, layouts
 from .sums import Gradients
 from .tiling import Planner, Tuned
@@ -16,6 +18,8 @@ T = TypeVar("T")
 
 _forwards: dict[tuple, Forward] = Table()
 _backwards: dict[tuple, Backward] = Table()
+_sums: dict[tuple, Sums] = Table()
+_moments: dict[tuple, Moments] = Table()
 
 
 def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
@@ -33,13 +37,25 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     return Results(*call(o))
 
 
-def backward(spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool]) -> Gradients:
-    """The wanted gradients of x, weight, bias, residual and slope. See ``backward.Backward``."""
+def backward(
+    spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], kind: type[Backward] = Backward
+) -> Gradients:  # fmt: skip
+    """The wanted gradients of x, weight, bias, residual and slope. See ``backward.Backward`` and ``Sums``."""
     key = (spec, wanted, *layouts((*o, *saved)))
-    call = _backwards.get(key)
+    calls = _sums if kind is Sums else _backwards
+    call = calls.get(key)
     if call is None:
-        call = bound(lambda plans: Backward(spec, o, saved, wanted, plans), lambda call: _backwards.keep(key, call))
+        call = bound(lambda plans: kind(spec, o, saved, wanted, plans), lambda call: calls.keep(key, call))
     return Gradients(*call(o, saved))
+
+
+def moments(x: Tensor) -> Tensor:
+    """See ``forward.Moments``."""
+    key = layouts((x,))
+    call = _moments.get(key)
+    if call is None:
+        call = bound(lambda plans: Moments(x, plans), lambda call: _moments.keep(key, call))
+    return call(x)
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

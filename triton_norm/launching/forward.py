@@ -14,6 +14,7 @@ from ..kernels import statistics as statistics_kernels
 from ..spec import Operands, Spec
 from ..tuning.measure import Layout, scratch
 from ..tuning.plan import Plan, cdiv, power_of_2
+from ..tuning.problem import Problem
 from . import operands, tiling
 from .operands import Affine
 from .tiling import Planner, Tiling
@@ -107,6 +108,41 @@ class Forward:
             for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
                 # Not lerp_, by which inf would become NaN.
                 running.mul_(1 - self.spec.momentum).add_(mean.to(running.dtype), alpha=self.spec.momentum)
+
+
+_BATCH = Spec("batch", None, True, 0.0, 1e-5)
+
+
+class Moments:
+    """Mean and M2 = Σ(x - mean)² of each channel, (2, C), of a rank's part of a batch like the x that it was made from.
+
+    What ranks combine before any of them normalizes.
+    """
+
+    def __init__(self, x: Tensor, plans: Planner) -> None:
+        plain = operands.empty_like(_BATCH, x)
+        tidy = operands.tidied(_BATCH, Operands(x), plain).x
+        self._copies = tidy is not x
+        layout = Layout.of(x)
+
+        def trial(problem: Problem) -> Callable[[Plan], Callable[[], object]]:
+            (like_x,) = scratch([layout], problem.device)
+            return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)), like_x)
+
+        t = tiling.cut(
+            _BATCH, "batch", tidy, plain, affine=Affine("row"), per_channel=False, reduce=False, plans=plans,
+            scratch=trial,
+        )
+        self._dtype, self._others = t.dtype, x.numel() // x.shape[1] - 1
+        self._take = _statistics(t, True, False, True)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self._copies:
+            x = operands.empty_like(_BATCH, x).copy_(x)
+        statistics = x.new_empty((3, x.shape[1]), dtype=self._dtype)
+        self._take(Operands(x), (None, statistics))
+        _, mean, unbiased = statistics
+        return torch.stack([mean, unbiased * self._others if self._others else torch.zeros_like(mean)])
 
 
 def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]:

@@ -47,10 +47,10 @@ def column_sums(t: Tiling, length: int, width: int, planes: int = 0) -> Launch:
     )  # fmt: skip
 
 
-def shared_sums(t: Tiling, affine: Affine) -> Callable[[Tensor, Tensor | None], Tensor]:
+def shared_sums(t: Tiling, affine: Affine) -> Callable[..., Tensor]:
     """(2, sets) sums of rows that share their statistics, each weighted where the passes before did not do that.
 
-    Called with their (2, splits, rows) partial sums and the weight.
+    Called with their (2, splits, rows) partial sums, the weight and, if it is there already, what they are written to.
     """
     rows, channels, group = t.geometry.rows, t.geometry.channels, t.geometry.group
     # The planes of a channel, or the channels of a group.
@@ -66,8 +66,9 @@ def shared_sums(t: Tiling, affine: Affine) -> Callable[[Tensor, Tensor | None], 
     )  # fmt: skip
     weighted = affine.form == "row"
 
-    def run(partials: Tensor, weight: Tensor | None) -> Tensor:
-        totals = torch.empty(2 * sets, dtype=t.dtype, device=partials.device)
+    def run(partials: Tensor, weight: Tensor | None, totals: Tensor | None = None) -> Tensor:
+        if totals is None:
+            totals = torch.empty(2 * sets, dtype=t.dtype, device=partials.device)
         launch(partials, totals, weight if weighted else None)
         return totals
 

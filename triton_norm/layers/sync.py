@@ -1,13 +1,11 @@
-"""Batch norm over the ranks of a process group: torch's own statistics, and one fused pass behind them."""
+"""Batch norm over the ranks of a process group."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as _synchronized
 
 from ..ops.call import Result, normalize
-from ..ops.checks import check_fused
 from ..spec import Spec
 from .base import Fused
 from .norms import BatchNorm
@@ -16,7 +14,21 @@ __all__ = ["SyncBatchNorm"]
 
 
 class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm`` for (N, C, *), with fused activation, residual and padding."""
+    """``torch.nn.SyncBatchNorm`` for (N, C, *), with fused activation, residual and padding.
+
+    In training, mean and variance are those of all ranks' inputs in ``process_group``, by default all there are: the
+    ranks gather 2 C + 1 numbers forward and add up 2 C backward. N may differ from rank to rank, and be 0. Unlike
+    torch's it takes tensors on any device that the group's backend does (CPU tensors over gloo), differentiates twice,
+    and ``torch.compile`` captures it whole. In evaluation, and without other ranks, it is a batch norm.
+
+    Gradients of weight and bias are the rank's own, as torch's are; ``DistributedDataParallel``, which adds them up,
+    takes this class, as it takes torch's, on GPUs alone, and ``fully_shard`` on any device.
+
+    Raises what ``tn.BatchNorm2d`` raises, before anything is sent.
+
+    >>> torch.distributed.init_process_group("gloo")
+    >>> model = tn.SyncBatchNorm.convert_sync_batchnorm(model)  # what is fused in a norm stays fused
+    """
 
     def __init__(
         self,
@@ -45,41 +57,19 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         self._check_non_zero_input_channels(input)
         return super().forward(input, residual, **fused)
 
-    def _run(
-        self, spec: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None,
-        slope: Tensor | None, *running: Tensor | None,
-    ) -> Result:  # fmt: skip
-        spec = Spec(*spec)
-        group, ranks = self._peers(x) if self.training else (None, 1)
-        if ranks == 1:
-            return normalize(spec, x, weight, bias, residual, slope, *running)
-        # Before the ranks talk to each other: an error on one of them would leave the others waiting.
-        check_fused(spec, x, residual, slope)
-        mean, var, count = running
-        momentum = spec.momentum
-        if count is not None:
-            count.add_(1)
-            momentum = 1.0 / float(count) if momentum is None else momentum
-        if spec.unit_offset or any(p is not None and p.dim() > 1 for p in (weight, bias)):
-            affine = (None, None)
-        else:
-            affine, weight, bias = (weight, bias), None, None
-        y = _synchronized.apply(x, *affine, mean, var, self.eps, momentum, group, ranks)
-        # What is left, in one pass: a batch norm whose statistics do nothing, since 1 + 1e-30 is 1.
-        zeros, ones = x.new_zeros(x.size(1)), x.new_ones(x.size(1))
-        left = spec.but(use_stats=False, momentum=0.0, eps=1e-30)
-        return normalize(left, y, weight, bias, residual, slope, zeros, ones, None)
+    def _run(self, spec: tuple, x: Tensor, *operands: Tensor | None) -> Result:
+        group = self._peers() if self.training else None
+        if group is not None:
+            spec = Spec(*spec).but(process_group=group)
+        return normalize(spec, x, *operands)
 
-    def _peers(self, input: Tensor) -> tuple[Any, int]:
-        """The process group to synchronize with, and its size."""
+    def _peers(self) -> str | None:
+        """The name of the process group to synchronize with, if there is more than one rank in it."""
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
-            return None, 1
-        if not input.is_cuda:
-            # torch's own raises here for most devices.
-            nn.SyncBatchNorm(input.size(1), affine=False, track_running_stats=False)(input)
+            return None
         group = self.process_group or distributed.group.WORLD
-        return group, distributed.get_world_size(group)
+        return group.group_name if distributed.get_world_size(group) > 1 else None
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: Any = None) -> nn.Module:

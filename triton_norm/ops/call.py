@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..launching.keys import HIP, Table, any_autocast, is_for_torch, is_ordinary, nowhere, placement
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
-from . import backend, reference
+from . import backend, ranks, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -112,14 +112,16 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
-    if not (fits and o.x.numel() and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
-        return lambda *operands: reference.call(spec, *operands)
+    there = o.x.numel() or spec.process_group is not None
+    if not (fits and there and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
+        plain = reference.call if spec.process_group is None else ranks.plain
+        return lambda *operands: plain(spec, *operands)
     return _by_kernels(spec, o, is_traced)
 
 
 def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     """The kernels, and behind them what they do not know: the slopes of PReLU in rows, some paddings, some layouts."""
-    from . import autograd, traced  # only now: they need Triton
+    from . import autograd, synchronized, traced  # only now: they need Triton
 
     by_channel, dims, sides = spec.kind in BY_CHANNEL, o.x.dim(), spec.sides(o.x.dim())
     slope_behind = o.slope is not None and not by_channel
@@ -132,8 +134,11 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
         own = own.but(activation="identity", parameters=())
     if unpadded:
         own = own.but(padding=0, return_unpadded=False)
-    # Meta tensors have no data to launch on, but the operators know their results.
-    call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)
+    if spec.process_group is not None:
+        call = partial(synchronized.by_kernels, own)
+    else:
+        # Meta tensors have no data to launch on, but the operators know their results.
+        call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)
     if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
         return call
 

@@ -99,7 +99,11 @@ def _fits(spec: Spec, o: Operands) -> bool:
         elif spec.kind == "channels":
             if tuple(argument) != shape:
                 return False
-        elif spec.use_stats and x.numel() == (sizes[1] if spec.kind == "batch" else sizes[0] * sizes[1]):
+        elif (
+            spec.use_stats
+            and spec.process_group is None
+            and x.numel() == (sizes[1] if spec.kind == "batch" else sizes[0] * sizes[1])
+        ):
             return False
     device, dtype = x.device, None
     for p in (o.weight, o.bias, o.running_mean, o.running_var):
@@ -123,7 +127,11 @@ def _fits(spec: Spec, o: Operands) -> bool:
 def _ask_torch(spec: Spec, o: Operands, momentum: float) -> None:
     """Raises what torch raises for these arguments, if anything; the running statistics are not touched."""
     mean, var = (s.clone() if isinstance(s, Tensor) else s for s in (o.running_mean, o.running_var))
-    reference.norm(spec, Operands(o.x, o.weight, o.bias, None, None, mean, var), spec.eps, momentum)
+    x = o.x
+    if spec.process_group is not None and x.dim() > 1:
+        # Other ranks have more of the batch.
+        x = x.new_zeros(2, *x.shape[1:])
+    reference.norm(spec, Operands(x, o.weight, o.bias, None, None, mean, var), spec.eps, momentum)
 
 
 def _describe(t: Tensor) -> str:

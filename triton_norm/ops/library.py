@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launching import bound
-from ..launching.backward import Saved, residual_gradient
+from ..launching.backward import Saved, Sums, new_sums, residual_gradient
 from ..launching.forward import Results, allocate
 from ..launching.operands import dense, empty_like, per_element
 from ..spec import Operands, Spec
@@ -87,6 +87,25 @@ def _backward_fake(
     return [make() for make, want in zip(makers, wanted, strict=True) if want]
 
 
+def _sums(
+    dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
+) -> list[Tensor]:  # fmt: skip
+    o = Operands(x, weight, bias, residual, slope)
+    found = bound.backward(Spec.read(spec), o, Saved(dy, dsecond, statistics, bits), tuple(wanted), Sums)
+    return [t for t in found if t is not None]
+
+
+def _sums_fake(
+    dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
+) -> list[Tensor]:  # fmt: skip
+    made = (new_sums(slope, x), *(None if p is None else p.new_empty(p.shape) for p in (weight, bias, None, slope)))
+    return [t for t, want in zip(made, wanted, strict=True) if want]
+
+
+def _moments_fake(x: Tensor) -> Tensor:
+    return x.new_empty((2, x.shape[1]), dtype=torch.promote_types(x.dtype, torch.float32))
+
+
 forward = _define(
     "forward",
     "(Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, Tensor(a!)? running_mean, "
@@ -102,3 +121,11 @@ backward = _define(
     _backward,
     _backward_fake,
 )
+sums = _define(
+    "sums",
+    "(Tensor? dy, Tensor? dsecond, Tensor x, Tensor? weight, Tensor? bias, Tensor? residual, Tensor? slope, "
+    "Tensor statistics, Tensor? bits, str spec, bool[] wanted) -> Tensor[]",
+    _sums,
+    _sums_fake,
+)
+moments = _define("moments", "(Tensor x) -> Tensor", bound.moments, _moments_fake)

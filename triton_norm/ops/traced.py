@@ -4,7 +4,7 @@ The backward is a Function too, whose own gradient comes from the formula in ref
 differentiate twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ def _apart(*tensors: Tensor | None) -> list[Tensor | None]:
     return apart
 
 
-class _Function(torch.autograd.Function):
+class Function(torch.autograd.Function):
     """A Function whose ``apply`` is cheap.
 
     With ``setup_context``, which functorch needs, torch binds the arguments to ``forward``'s signature at every call:
@@ -76,7 +76,7 @@ class _Function(torch.autograd.Function):
         return super(torch.autograd.Function, cls).apply(*args)
 
 
-class _Traced(_Function):
+class _Traced(Function):
     @staticmethod
     def forward(
         x, weight, bias, residual, slope, running_mean, running_var, count, mean, variance, spec, keep_bits, addend
@@ -116,7 +116,7 @@ class _Traced(_Function):
         return *found, *(None,) * 7, daddend
 
 
-def _spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
+def spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
     """One entry per wanted flag from those found for the flags that are set."""
     remaining = iter(found)
     return [next(remaining) if want else None for want in wanted]
@@ -178,14 +178,16 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
     if not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
-        return _spread(_by_formula(spec, o, saved, wanted), wanted)
+        return spread(_by_formula(spec, o, saved, wanted), wanted)
     # The count and what was added go. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _, _ = tuple(o)
-    found = _NormalizeBackward.apply(saved.dy, saved.dsecond, *operands, saved.statistics, saved.bits, spec, wanted)
-    return _spread(found, wanted)
+    found = NormalizeBackward.apply(saved.dy, saved.dsecond, *operands, saved.statistics, saved.bits, spec, wanted)
+    return spread(found, wanted)
 
 
-def _rebuilt(spec: Spec, inputs: Sequence[Tensor | None], o: Operands, bits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _rebuilt(
+    formula: Callable, spec: Spec, inputs: Sequence[Tensor | None], o: Operands, bits: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The results of the forward pass by the formula of these x, weight, bias, residual and slope.
 
     The second is the one without padding, or the sum that is normalized.
@@ -199,7 +201,7 @@ def _rebuilt(spec: Spec, inputs: Sequence[Tensor | None], o: Operands, bits: Ten
         def activation(z: Tensor) -> Tensor:
             return z * side.to(z.dtype)
 
-    plain = reference.formula(spec, Operands(*inputs, o.running_mean, o.running_var), activation)
+    plain = formula(spec, Operands(*inputs, o.running_mean, o.running_var), activation)
     y = reference.pad(plain, spec.padding, spec.padding_mode) if spec.padding != 0 else plain
     return y, inputs[0] if spec.return_sum else plain
 
@@ -210,15 +212,15 @@ def _by_formula(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequen
     upstream = [d for d in (saved.dy, saved.dsecond) if d is not None]
 
     def results(*varied: Tensor) -> tuple[Tensor, ...]:
-        given = [new if want else old for new, old, want in zip(_spread(varied, wanted), inputs, wanted, strict=True)]
-        ends = zip(_rebuilt(spec, given, o, saved.bits), (saved.dy, saved.dsecond), strict=True)
+        given = [new if want else old for new, old, want in zip(spread(varied, wanted), inputs, wanted, strict=True)]
+        ends = zip(_rebuilt(reference.formula, spec, given, o, saved.bits), (saved.dy, saved.dsecond), strict=True)
         return tuple(end for end, d in ends if d is not None)
 
     _, back = torch.func.vjp(results, *[t for t, want in zip(inputs, wanted, strict=True) if want])
     return back(tuple(upstream))
 
 
-class _NormalizeBackward(_Function):
+class NormalizeBackward(Function):
     """The backward as a Function, for those who differentiate it."""
 
     @staticmethod
@@ -230,6 +232,7 @@ class _NormalizeBackward(_Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+        ctx.formula = reference.formula
         ctx.bits, ctx.spec, ctx.wanted = inputs[10:]
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
@@ -244,7 +247,8 @@ class _NormalizeBackward(_Function):
                 # It was there, but nothing depends on what it was.
                 residual = torch.zeros_like(x)
             dy, dsecond, *inputs = [_fresh(t) for t in (dy, dsecond, x, weight, bias, residual, slope)]
-            results = _rebuilt(spec, inputs, Operands(x, weight, bias, None, None, mean, variance), ctx.bits)
+            given = Operands(x, weight, bias, None, None, mean, variance)
+            results = _rebuilt(ctx.formula, spec, inputs, given, ctx.bits)
             ends = [(end, d) for end, d in zip(results, (dy, dsecond), strict=True) if d is not None]
             firsts = torch.autograd.grad(
                 [end for end, _ in ends],
@@ -264,4 +268,4 @@ class _NormalizeBackward(_Function):
                 create_graph=create_graph,
                 allow_unused=True,
             )
-        return *_spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)
+        return *spread(found, asked), *(None,) * (len(ctx.needs_input_grad) - 7)
