@@ -79,8 +79,9 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         spec = spec.but(kind="batch")
     if spec.unit_offset and weight is not None:
         weight = 1 + weight
-    # torch 2.13's group norm with a bias alone has no gradient on the CPU.
-    composed = correction or (kind == "group" and weight is None and bias is not None)
+    # With a bias alone torch 2.13's group norm has no gradient on the CPU, nor its layer norm where dtypes are mixed.
+    bias_alone = weight is None and bias is not None
+    composed = correction or (bias_alone and (kind == "group" or bias.dtype != x.dtype))
     if not composed and (kind in ROWS or all(p is None or p.dim() == 1 for p in (weight, bias))):
         y = norm(spec, Operands(dense, weight, bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
