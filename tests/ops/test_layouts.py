@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import TOLERANCES, assert_close, assert_close_as_vectors
+from oracle import TOLERANCES, arguments, assert_close, assert_close_as_vectors, call, check
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -237,3 +237,22 @@ def test_tensors_of_another_class(backend, name):
         y = tn.functional.instance_norm(called.pop("x"), activation="silu", **called)
         assert type(y) is Tensor
         assert_close(y, want, torch.float32)
+
+
+@pytest.mark.parametrize("order", [(2, 1, 3, 0, 4), (3, 0, 4, 1, 2), (0, 3, 1, 4, 2), (4, 1, 2, 0, 3), (2, 0, 1, 3, 4)])
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "channels"])
+def test_volumes_in_any_order(backend, kind, order):
+    """Dense, but with dims between those that are reduced: no two of them walk that, in x or in a result like it."""
+    a = arguments(kind, (2, 4, 3, 2, 5), device=backend.device, residual=True, num_groups=2, activation="silu")
+    back = [order.index(d) for d in range(5)]
+    a.x = a.x.permute(order).contiguous().permute(back)
+    check(a)
+    x = a.x.requires_grad_()
+    torch._dynamo.reset()
+
+    def norm(x):
+        return call(a, x, weight=a.weight, bias=a.bias)
+
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, norm))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
