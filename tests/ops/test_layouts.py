@@ -256,3 +256,16 @@ def test_volumes_in_any_order(backend, kind, order):
     compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
     (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, norm))
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "channels"])
+@pytest.mark.parametrize("shape, strides", [((2, 2, 1, 3), (6, 1, 2, 2)), ((2, 2, 2, 1, 3), (12, 1, 6, 2, 2))])
+def test_dims_of_size_1_with_strides_of_their_own(backend, kind, shape, strides):
+    """channels_last, but not as torch would write it: its own gradient of batch norm is wrong on the CPU."""
+    for use_stats in (True, False):
+        given = kind == "batch" and not use_stats
+        a = arguments(kind, shape, device=backend.device, statistics=given, use_stats=not given)
+        if kind == "channels":
+            a.eps = 0.5
+        a.x = torch.empty_strided(shape, strides, device=backend.device).copy_(a.x)
+        check(a)
