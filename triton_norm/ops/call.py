@@ -103,7 +103,7 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
-    if not (fits and o.x.numel() and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
+    if not (fits and o.x.numel() and backend.of(o.x) == "triton") or is_for_torch():
         return lambda *operands: reference.call(spec, *operands)
     return _by_kernels(spec, o, is_traced)
 

@@ -73,7 +73,10 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
     activation = on_torch(spec, o.slope, x)
     # In other strides torch's sums on the CPU lose digits: at mean 1e4 its group norm in channels_last keeps none. And
     # its batch norm takes a wrong gradient in channels_last where a dim of size 1 has a stride of its own.
-    dense = x.contiguous() if kind in ("instance", "group") or (kind == "batch" and 1 in x.shape[2:]) else x
+    if not x.is_contiguous() and (kind in ("instance", "group") or (kind == "batch" and 1 in x.shape[2:])):
+        dense = x.contiguous()
+    else:
+        dense = x
     if kind == "instance" and x.shape[0] == 1:
         # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
         # output comes in channels_last.
