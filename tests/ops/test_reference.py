@@ -137,3 +137,17 @@ def test_a_bias_alone_in_another_dtype(backend, kind):
         kind, (3, 4, 5, 6), torch.float16, backend.device, affine="bias", parameter_dtype=torch.float32, num_groups=2
     )  # fmt: skip
     check(a)
+
+
+@pytest.mark.parametrize("form", ["none", "sample", "element"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_are_as_wide_as_they_are_kept(backend, dtype, kind, form):
+    """torch rounds what it moves running statistics in float32 by to the input's dtype, where there is no weight."""
+    affine = {"affine": "none"} if form == "none" else {"form": form}
+    check(
+        arguments(
+            kind, (2, 3, 4, 5), dtype, backend.device, statistics=True, parameter_dtype=torch.float32, momentum=1.0,
+            **affine,
+        )
+    )  # fmt: skip
