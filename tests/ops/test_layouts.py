@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import TOLERANCES, assert_close, assert_close_as_vectors
+from oracle import TOLERANCES, arguments, assert_close, assert_close_as_vectors, call, check
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -237,3 +237,35 @@ def test_tensors_of_another_class(backend, name):
         y = tn.functional.instance_norm(called.pop("x"), activation="silu", **called)
         assert type(y) is Tensor
         assert_close(y, want, torch.float32)
+
+
+@pytest.mark.parametrize("order", [(2, 1, 3, 0, 4), (3, 0, 4, 1, 2), (0, 3, 1, 4, 2), (4, 1, 2, 0, 3), (2, 0, 1, 3, 4)])
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "channels"])
+def test_volumes_in_any_order(backend, kind, order):
+    """Dense, but with dims between those that are reduced: no two of them walk that, in x or in a result like it."""
+    a = arguments(kind, (2, 4, 3, 2, 5), device=backend.device, residual=True, num_groups=2, activation="silu")
+    back = [order.index(d) for d in range(5)]
+    a.x = a.x.permute(order).contiguous().permute(back)
+    check(a)
+    x = a.x.requires_grad_()
+    torch._dynamo.reset()
+
+    def norm(x):
+        return call(a, x, weight=a.weight, bias=a.bias)
+
+    compiled = torch.compile(norm, backend="aot_eager", fullgraph=True)
+    (got,), (want,) = (torch.autograd.grad(f(x).square().sum(), x) for f in (compiled, norm))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group", "channels"])
+@pytest.mark.parametrize("shape, strides", [((2, 2, 1, 3), (6, 1, 2, 2)), ((2, 2, 2, 1, 3), (12, 1, 6, 2, 2))])
+def test_dims_of_size_1_with_strides_of_their_own(backend, kind, shape, strides):
+    """channels_last, but not as torch would write it: its own gradient of batch norm is wrong on the CPU."""
+    for use_stats in (True, False):
+        given = kind == "batch" and not use_stats
+        a = arguments(kind, shape, device=backend.device, statistics=given, use_stats=not given)
+        if kind == "channels":
+            a.eps = 0.5
+        a.x = torch.empty_strided(shape, strides, device=backend.device).copy_(a.x)
+        check(a)

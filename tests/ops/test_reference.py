@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from oracle import Arguments, arguments, assert_close, assert_close_as_vectors, expected
+from oracle import Arguments, arguments, assert_close, assert_close_as_vectors, check, expected
 
 from triton_norm.ops import reference
 from triton_norm.spec import Operands, Spec
@@ -128,3 +128,26 @@ def test_instance_norm_takes_a_channels_last_gradient(samples, memory_format):
     y = reference.normalize(bare("instance", "relu"), Operands(x))
     want = reference.formula(bare("instance", "relu"), Operands(x))
     torch.testing.assert_close(torch.autograd.grad(y, x, dy), torch.autograd.grad(want, x, dy))
+
+
+@pytest.mark.parametrize("kind", ["layer", "channels", "group"])
+def test_a_bias_alone_in_another_dtype(backend, kind):
+    """torch's own has no gradient of it on the CPU."""
+    a = arguments(
+        kind, (3, 4, 5, 6), torch.float16, backend.device, affine="bias", parameter_dtype=torch.float32, num_groups=2
+    )  # fmt: skip
+    check(a)
+
+
+@pytest.mark.parametrize("form", ["none", "sample", "element"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_are_as_wide_as_they_are_kept(backend, dtype, kind, form):
+    """torch rounds what it moves running statistics in float32 by to the input's dtype, where there is no weight."""
+    affine = {"affine": "none"} if form == "none" else {"form": form}
+    check(
+        arguments(
+            kind, (2, 3, 4, 5), dtype, backend.device, statistics=True, parameter_dtype=torch.float32, momentum=1.0,
+            **affine,
+        )
+    )  # fmt: skip

@@ -36,14 +36,15 @@ def is_mapped() -> bool:
 
 
 def is_for_torch(*tensors: Tensor | None) -> bool:
-    """Whether a transform is active that only PyTorch's own operators know: ``vmap``, or forward mode.
+    """Whether something is active that knows only PyTorch's own operators: ``vmap``, forward mode, ``torch.jit.trace``.
 
     The batches of ``is_grads_batched`` are tensors of an older kind, which nothing but themselves tells.
     """
     if is_compiling():
         return functorch_is_active()
     return (
-        in_forward_mode() or is_mapped() or _is_active(_functorch.TransformType.Jvp)
+        torch._C._get_tracing_state() is not None or in_forward_mode() or is_mapped()
+        or _is_active(_functorch.TransformType.Jvp)
         or any(t is not None and _functorch.is_legacy_batchedtensor(t) for t in tensors)
     )  # fmt: skip
 

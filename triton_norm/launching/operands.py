@@ -59,8 +59,15 @@ def walk(spec: Spec, affine: Affine) -> tuple[str, bool]:
 
 
 def empty_like(spec: Spec, x: Tensor) -> Tensor:
-    """An empty tensor of x's shape in the layout of the result."""
-    return torch.empty_like(x, memory_format=torch.contiguous_format if spec.kind in ROWS else torch.preserve_format)
+    """An empty tensor of x's shape in the layout of the result: x's own where the kernels can walk that."""
+    if spec.kind not in ROWS:
+        y = torch.empty_like(x)
+        ways = ("batch", "instance") if spec.kind == "batch" else (spec.kind,)
+        if y.is_contiguous() or _channels_last(y) or all(
+            view(way, y.shape, y.stride(), y.stride(), spec.width(y.shape)) for way in ways
+        ):  # fmt: skip
+            return y
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty_padded(spec: Spec, x: Tensor) -> Tensor:

@@ -113,7 +113,7 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
     there = o.x.numel() or spec.process_group is not None
-    if not (fits and there and backend.of(o.x) == "triton") or (is_traced and is_for_torch()):
+    if not (fits and there and backend.of(o.x) == "triton") or is_for_torch():
         plain = reference.call if spec.process_group is None else ranks.plain
         return lambda *operands: plain(spec, *operands)
     return _by_kernels(spec, o, is_traced)

@@ -76,18 +76,22 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         if momentum is None:
             momentum = 1.0 / float(o.count)
     activation = on_torch(spec, o.slope, x)
-    # In other strides torch's sums on the CPU lose digits: at mean 1e4 its group norm in channels_last keeps none.
-    dense = x.contiguous() if kind in ("instance", "group") else x
+    dense = _as_torch_is_right(kind, x)
     if kind == "instance" and x.shape[0] == 1:
         # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
         # output comes in channels_last.
         spec = spec.but(kind="batch")
     if spec.unit_offset and weight is not None:
         weight = 1 + weight
-    # torch 2.13's group norm with a bias alone has no gradient on the CPU.
-    composed = correction or (kind == "group" and weight is None and bias is not None)
+    # With a bias alone torch 2.13's group norm has no gradient on the CPU, nor its layer norm where dtypes are mixed.
+    bias_alone = weight is None and bias is not None
+    composed = correction or (bias_alone and (kind == "group" or bias.dtype != x.dtype))
     dims = len(spec.argument) if kind in ROWS else 1
-    if not composed and all(p is None or p.dim() <= dims for p in (weight, bias)):
+    composed = composed or any(p is not None and p.dim() > dims for p in (weight, bias))
+    if o.running_var is not None and (composed or (weight is None and bias is None)):
+        # Without a weight in float32 torch would move statistics in float32 by what it has rounded to x's dtype.
+        dense = dense.to(torch.promote_types(x.dtype, o.running_var.dtype))
+    if not composed:
         y = norm(spec, Operands(dense, weight, bias, None, None, o.running_mean, o.running_var), eps, momentum)
         return finish(y, x, o.residual, activation)
     scale = 1.0
@@ -98,6 +102,17 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         scale, eps = part**0.5, eps * part
     y = norm(spec, Operands(dense, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
     return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
+
+
+def _as_torch_is_right(kind: str, x: Tensor) -> Tensor:
+    """x, made contiguous where torch's own function on the CPU is wrong, or less exact, in other strides.
+
+    Sums for instance and group norm lose digits, at mean 1e4 in channels_last all of them; and batch norm takes a wrong
+    gradient in channels_last where a dim of size 1 has a stride of its own.
+    """
+    if not x.is_contiguous() and (kind in ("instance", "group") or (kind == "batch" and 1 in x.shape[2:])):
+        return x.contiguous()
+    return x
 
 
 def on_torch(spec: Spec, slope: Tensor | None, x: Tensor) -> Activation:
