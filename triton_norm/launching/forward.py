@@ -53,12 +53,15 @@ class Forward:
         self._statistics = 0 if s is None else s.numel()
         self._dtype = None if s is None or s.dtype == o.x.dtype else s.dtype
         self._bits = 0 if first.bits is None else first.bits.numel()
-        self._second = None if first.second is None else first.second.dtype
         # Where a result lies like x, that is the cheapest to say.
         same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
         self._y = None if same and spec.dtype is None else (first.y.shape, first.y.stride())
         self._out = first.y.dtype
         self._plain_strides = plain.stride()
+        self._new_second = None
+        if first.second is not None:
+            alike = first.second.dtype == o.x.dtype and plain.stride() == empty_like(o.x).stride()
+            self._new_second = empty_like if alike else self._like_plain_in(first.second.dtype)
         tidy = operands.tidied(spec, o, plain)
         self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
         # Instances share their channel's running statistics, so those are averaged from the rows' afterwards.
@@ -83,8 +86,8 @@ class Forward:
             statistics = x.new_empty(size) if dtype is None else x.new_empty(size, dtype=dtype)
         if self._bits:
             bits = x.new_empty(self._bits, dtype=torch.uint8)
-        if self._second is not None:
-            second = x.new_empty_strided(x.shape, self._plain_strides, dtype=self._second)
+        if self._new_second is not None:
+            second = self._new_second(x)
         r = (y, statistics, bits, second)
         if self._only_launches:
             self._steps(o, r)
@@ -94,6 +97,9 @@ class Forward:
 
     def _like_plain(self, x: Tensor) -> Tensor:
         return x.new_empty_strided(x.shape, self._plain_strides)
+
+    def _like_plain_in(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+        return lambda x: x.new_empty_strided(x.shape, self._plain_strides, dtype=dtype)
 
     def _with_all_else(self, o: Operands, r: tuple) -> None:
         if self._tidy:

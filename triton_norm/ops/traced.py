@@ -155,8 +155,10 @@ def of_addends(
 ) -> Sequence[Tensor | None]:
     """The gradients with that of their sum for x and, behind all others, for what was added to it, of this dtype."""
     dsum, *others = gradients
-    added = dsum if dsum is None or not wanted[1] else dsum.to(dtype)
-    return dsum if wanted[0] else None, *others, added if wanted[1] else None
+    added = dsum if wanted[1] else None
+    if added is not None and added.dtype != dtype:
+        added = added.to(dtype)
+    return dsum if wanted[0] else None, *others, added
 
 
 def passes_on(spec: Spec) -> bool:
