@@ -204,6 +204,6 @@ def test_any_sequence(backend):
         device = backend.device
 
     # Every step is a call, forward and backward, and mostly of a kind that none before was.
-    few = max(6, settings.default.max_examples // 50)
+    few = max(10, settings.default.max_examples // 50)
     health = [HealthCheck.too_slow, HealthCheck.filter_too_much]
     run(OnThis, settings=settings(max_examples=few, suppress_health_check=health))
