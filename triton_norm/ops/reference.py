@@ -93,7 +93,7 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         dense = dense.to(torch.promote_types(x.dtype, o.running_var.dtype))
     if not composed:
         y = norm(spec, Operands(dense, weight, bias, None, None, o.running_mean, o.running_var), eps, momentum)
-        return finish(y, x, o.residual, activation)
+        return finish(y.view(x.shape) if dense.dim() < x.dim() else y, x, o.residual, activation)
     scale = 1.0
     if correction:
         # d / sqrt(s / (n - 1) + eps), for deviations d with the sum of squares s, by a function that divides by n.
@@ -101,18 +101,20 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         part = (n - correction) / n
         scale, eps = part**0.5, eps * part
     y = norm(spec, Operands(dense, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
+    y = y.view(x.shape) if dense.dim() < x.dim() else y
     return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
 
 
 def _as_torch_is_right(kind: str, x: Tensor) -> Tensor:
-    """x, made contiguous where torch's own function on the CPU is wrong, or less exact, in other strides.
+    """x, otherwise laid out where torch's own function on the CPU would be wrong, or less exact.
 
-    Sums for instance and group norm lose digits, at mean 1e4 in channels_last all of them; and batch norm takes a wrong
-    gradient in channels_last where a dim of size 1 has a stride of its own.
+    Sums for instance and group norm lose digits in other strides, at mean 1e4 in channels_last all of them. And for x
+    and gradients whose dims of size 1 leave it open which format they have, batch norm takes a wrong gradient, but not
+    where there is only one spatial dim.
     """
-    if not x.is_contiguous() and (kind in ("instance", "group") or (kind == "batch" and 1 in x.shape[2:])):
-        return x.contiguous()
-    return x
+    if kind in ("batch", "instance") and x.dim() > 3 and 1 in x.shape:
+        return x.contiguous().flatten(2)
+    return x.contiguous() if kind in ("instance", "group") else x
 
 
 def on_torch(spec: Spec, slope: Tensor | None, x: Tensor) -> Activation:
