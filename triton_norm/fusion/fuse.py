@@ -2,7 +2,6 @@
 
 import copy
 from collections import Counter
-from dataclasses import dataclass, field
 from types import MethodType
 
 import torch
@@ -13,8 +12,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from ..layers import convert
 from ..layers.blocks import ConvNormAct
 from ..layers.convert import Elementwise, is_norm, is_ours
-from . import trace
-from .chains import Chain, Finder, replace
+from . import backend, trace
+from .chains import replace
+from .finder import Chain, Finder
+from .meaning import followed
+from .report import FuseReport
 
 __all__ = ["FuseReport", "fuse", "fuse_report"]
 
@@ -22,35 +24,6 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _BATCH_NORMS = tuple(
     t for t in (*convert.OURS, *convert.OURS.values()) if issubclass(t, nn.modules.batchnorm._BatchNorm)
 )
-
-
-@dataclass
-class FuseReport:
-    """What ``fuse`` did: paths of modules, and a line on each. Prints as a list."""
-
-    #: Norm -> what is in its pass now.
-    fused: dict[str, str] = field(default_factory=dict)
-    #: Norm -> why there is nothing but the norm in its pass.
-    alone: dict[str, str] = field(default_factory=dict)
-    #: Module -> why it is as it was.
-    left: dict[str, str] = field(default_factory=dict)
-    #: Module -> in what way its forward is another one.
-    rewritten: dict[str, str] = field(default_factory=dict)
-    #: Convolution -> the batch norm that was folded into it.
-    folded: dict[str, str] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        titles = {
-            "fused": "Fused", "alone": "Replaced, with nothing to fuse", "folded": "Folded into a convolution",
-            "rewritten": "With a forward of the fused calls", "left": "Left alone",
-        }  # fmt: skip
-        lines = []
-        for name, title in titles.items():
-            entries = getattr(self, name)
-            if entries:
-                lines += [f"{title} ({len(entries)}):"]
-                lines += [f"  {path or '(the model)'}: {line}" for path, line in entries.items()]
-        return "\n".join(lines) or "No norms."
 
 
 def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) -> nn.Module:
@@ -89,7 +62,13 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
 
 
 def fuse_report(model: nn.Module) -> FuseReport:
-    """What ``fuse`` did to this model, or, for a model that it has not seen, what it would do."""
+    """What ``fuse`` did to this model, or, for a model that it has not seen, what it would do.
+
+    For a model that ``torch.compile`` made with ``backend="triton_norm"``, what became of the graphs so far.
+    """
+    compiled = getattr(model, "_orig_mod", model if getattr(model, "_compiled_call_impl", None) else None)
+    if compiled is not None:
+        return backend.report_of(compiled)
     report = model.__dict__.get("_fuse_report")
     return fuse_report(fuse(model)) if report is None else report
 
@@ -148,7 +127,7 @@ class _Fuser:
         inner = dict(module.named_modules(remove_duplicate=False))
         finder = Finder(graph, inner)
         owners: dict[str, set[str]] = {}
-        for chain in list(finder.find(self.why_not)):
+        for chain in [c for c in finder.find(self.why_not) if c.operations]:
             if chain.only_modules and all(self.is_replaceable(inner[n.target], finder) for n in chain.parts):
                 self.absorb(chain, inner)
                 continue
@@ -162,7 +141,7 @@ class _Fuser:
                 self.rewrite(_join(path, owner), inner[owner], [inner[name] for name in owners[owner]])
         for node in finder.graph.nodes:
             if node.op == "call_module" and is_norm(inner[node.target]):
-                self.notes[id(inner[node.target])] = _followed_by(node, inner)
+                self.notes[id(inner[node.target])] = followed(node, inner)
 
     def why_not(self, norm: nn.Module) -> str | None:
         if trace.is_hooked(norm):
@@ -182,7 +161,7 @@ class _Fuser:
     def absorb(self, chain: Chain, inner: dict[str, nn.Module]) -> None:
         """The norm's module takes in the modules behind it."""
         layers = [inner[n.target] for n in chain.parts]
-        self.take_in(layers, inner[chain.act.target] if chain.act else None, chain.padding)
+        self.take_in(layers, inner[chain.activation.module] if chain.activation else None, chain.padding)
 
     def take_in(self, layers: list[nn.Module], activation: nn.Module | None, padding: tuple | None) -> None:
         norm = convert.absorb(convert.to_ours(layers[0]), activation, padding)
@@ -211,10 +190,9 @@ class _Fuser:
             self.report.left[path] = f"{type(owner).__name__}: {reason}"
             return
         inner = dict(owner.named_modules(remove_duplicate=False))
-        chains = list(Finder(graph, inner).find(self.why_not))
+        chains = [c for c in Finder(graph, inner).find(self.why_not) if c.operations]
         for chain in chains:
-            parts = " + ".join(_describe(node, inner) for node in chain.parts)
-            self.report.fused[_join(path, chain.norm.target)] = parts + (", padded and plain" if chain.pair else "")
+            self.report.fused[_join(path, chain.norm.module or chain.norm.node.name)] = chain.words(inner)
             replace(graph, chain)
         if chains:
             trace.rewrite(owner, graph)
@@ -357,16 +335,3 @@ def _between(owner: str, scope: str) -> list[str]:
     names = scope.split(".") if scope else []
     start = len(owner.split(".")) if owner else 0
     return [".".join(names[: i + 1]) for i in range(start, len(names))]
-
-
-def _describe(node: Node, inner: dict[str, nn.Module]) -> str:
-    if node.op == "call_module":
-        return type(inner[node.target]).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-def _followed_by(node: Node, inner: dict[str, nn.Module]) -> str:
-    readers = list(node.users)
-    if len(readers) != 1:
-        return f"its result is read in {len(readers)} places"
-    return "nothing follows" if readers[0].op == "output" else f"followed by {_describe(readers[0], inner)}"

@@ -4,6 +4,7 @@ A forward is only trusted when the trace says all of it: it must come out the sa
 no random numbers, and leave the module's attributes as they were.
 """
 
+import functools
 import inspect
 import operator
 import random
@@ -44,6 +45,11 @@ def is_opaque(module: nn.Module) -> bool:
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
+def is_layer(cls: type) -> bool:
+    """Whether it is one of torch's layers or a subclass of one."""
+    return any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in cls.__mro__)
+
+
 class Untraceable(Exception):
     """Why a forward cannot be trusted."""
 
@@ -77,7 +83,7 @@ class _Tracer(fx.Tracer):
             is_ours(m)
             or is_opaque(m)
             # A subclass of one of torch's layers is a layer too.
-            or any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in type(m).__mro__)
+            or is_layer(type(m))
             or (self._inline is not None and id(m) not in self._inline)
         )
 
@@ -200,7 +206,8 @@ def mutated(node: Node, modules: dict[str, nn.Module]) -> Node | None:
             (name.endswith("_") and not name.endswith("__"))
             or (name in _IN_PLACE_OPERATORS and target is getattr(operator, name))
             or node.kwargs.get("inplace") is True
-            or (getattr(F, name, None) is target and _argument(node, "inplace") is True)
+            or (getattr(F, name, None) is target and argument(node, "inplace") is True)
+            or _writes_without_returning(node)
         )
         if isinstance(node.kwargs.get("out"), Node):
             return node.kwargs["out"]
@@ -208,12 +215,21 @@ def mutated(node: Node, modules: dict[str, nn.Module]) -> Node | None:
     return source if in_place and isinstance(source, Node) else None
 
 
-def _argument(node: Node, name: str) -> Any:
-    """What a call of a Python function gives this parameter, if anything."""
+def _writes_without_returning(node: Node) -> bool:
+    """Whether the node writes into its first argument, and its result may be something else."""
+    target = node.target
+    return target is operator.setitem or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """What a call of a Python function gives this parameter."""
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name)
+        return _signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name, default)
     except (TypeError, ValueError):
-        return None
+        return default
+
+
+_signature = functools.lru_cache(inspect.signature)
 
 
 def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -221,7 +237,7 @@ def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = mutated(node, modules)
-        if source is not None:
+        if source is not None and not _writes_without_returning(node):
             for user in list(source.users):
                 if order[user] > order[node]:
                     user.replace_input_with(source, node)
