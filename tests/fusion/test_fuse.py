@@ -1,5 +1,6 @@
 """``fuse``: the same numbers, the same state, fewer operations; and what it keeps its hands off."""
 
+import contextlib
 import copy
 import functools
 import io
@@ -50,6 +51,13 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+class ApplyTwo(Apply):
+    """The same with two inputs."""
+
+    def forward(self, x, y):
+        return self.function(self, x, y)
 
 
 # What is fused
@@ -238,12 +246,11 @@ def test_traceable_parts_of_a_model_that_is_not():
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda m, x: F.dropout(F.relu(m.norm(x)), 0.5, m.training), "training"),
         (lambda m, x: F.relu(m.norm(x)) if torch.rand(()) < 2 else x, "random"),
         (lambda m, x: (m.__dict__.update(seen=x), F.relu(m.norm(x)))[1], "attributes"),
         (lambda m, x: (m.tape.append(x), F.relu(m.norm(x)))[1], "attributes"),
     ],
-    ids=["training", "random", "attribute", "list"],
+    ids=["random", "attribute", "list"],
 )
 def test_forwards_that_say_more_than_their_trace(forward, reason):
     model = Apply(forward, norm=nn.BatchNorm2d(4))
@@ -257,20 +264,209 @@ def test_forwards_that_say_more_than_their_trace(forward, reason):
     fused(torch.randn(2, 4, 5, 6))
 
 
-def test_optional_arguments():
-    class Optional(nn.Module):
+class Optional(nn.Module):
+    """A forward that does other things with other arguments, and in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.second, self.act = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.SiLU()
+
+    def forward(self, x, skip=None, scale=1.0, *more, last="act", **keywords):
+        y = self.norm(x)
+        y = F.relu(y if skip is None else y + skip)
+        if self.training:
+            y = F.dropout(y, 0.5) * scale
+        for z in more:
+            y = y + z
+        y = self.second(y)
+        return self.act(y) if last == "act" else torch.tanh(y)
+
+
+CALLS = {
+    "defaults": lambda m, x: m(x),
+    "defaults given": lambda m, x: m(x, None, 1.0, last="act"),
+    "a tensor for None": lambda m, x: m(x, x * 2),
+    "by name": lambda m, x: m(x=x, skip=x * 2),
+    "another number": lambda m, x: m(x, None, 3.0),
+    "another word": lambda m, x: m(x, last="tanh"),
+    "more": lambda m, x: m(x, None, 1.0, x, x),
+    "keywords": lambda m, x: m(x, whatever=3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_optional_arguments(call):
+    """As with the defaults where these are meant; any other call is the original's."""
+    model = Apply(lambda m, x: CALLS[call](m.inner, x), inner=Optional())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused == {"inner.norm": "BatchNorm2d + relu", "inner.second": "GroupNorm + SiLU"}
+    assert isinstance(fused.inner, Optional)
+    assert type(fused.inner.act) is nn.SiLU
+
+
+def test_optional_arguments_of_a_fused_model():
+    """Of the model itself, in training and in evaluation, copied, pickled and compiled."""
+    model = twins.randomize(Optional())
+    fused = tn.fuse(model)
+    x, skip = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=5)
+    for other in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        model = copy.deepcopy(model)
+        model.load_state_dict(other.state_dict())
+        for training in (True, False):
+            for arguments in ((x,), (x, skip), (x, None, 2.0)):
+                torch.manual_seed(0)
+                want = model.train(training)(*arguments)
+                torch.manual_seed(0)
+                torch.testing.assert_close(other.train(training)(*arguments), want)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        fused()
+    fused.eval()
+    step = torch.compile(fused, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(x, skip), fused(x, skip))
+
+
+def test_only_the_forwards_that_are_known_are_replaced(monkeypatch):
+    """Which of the forwards runs, seen by how often the norm is called by itself."""
+    fused, x = tn.fuse(twins.randomize(Optional())), normal(2, 4, 5, 6)
+    alone = []
+    monkeypatch.setattr(tn.BatchNorm2d, "forward", functools.partialmethod(
+        lambda self, forward, x, *rest, **fused: (alone.append(not fused), forward(self, x, *rest, **fused))[1],
+        tn.BatchNorm2d.forward,
+    ))  # fmt: skip
+    for arguments in ((x,), (x, x), (x, None, 2.0), (x, "skip")):
+        with contextlib.suppress(TypeError):
+            fused(*arguments)
+    assert alone == [False, False, True, True]
+
+
+def test_a_mode_that_differs_within():
+    """Dropout in training: nothing but the original forward knows a module in training within one in evaluation."""
+    class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm2d(4)
+            self.norm = nn.GroupNorm(2, 4)
 
-        def forward(self, x, skip=None):
-            y = self.norm(x)
-            return F.relu(y if skip is None else y + skip)
+        def forward(self, x):
+            return F.dropout(self.norm(x), 0.5, self.training)
 
-    fused = fused_like(Optional(), normal(2, 4, 5, 6))
-    assert "optional arguments" in tn.fuse_report(fused).left[""]
-    x = normal(2, 4, 5, 6)
-    torch.testing.assert_close(fused(x, x), F.relu(fused.norm(x) + x))
+    model = twins.randomize(Apply(lambda m, x: F.relu(m.block(x) + x), block=Block()))
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    assert "GroupNorm + add" in tn.fuse_report(fused).fused["block.norm"]
+    for modes in ((True, True), (True, False), (False, True), (False, False)):
+        found = []
+        for m in (model, fused):
+            m.train(modes[0])
+            m.block.train(modes[1])
+            torch.manual_seed(0)
+            found.append(m(x))
+        torch.testing.assert_close(*found)
+
+
+def test_an_argument_that_is_none():
+    """A trace takes an argument for a tensor; the forward asks whether it is one."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4)
+
+        def forward(self, x, skip):
+            return F.relu(self.norm(x) if skip is None else self.norm(x + skip))
+
+    fused_like(Block(), normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=4))
+    model = Apply(lambda m, x: m.block(x, None), block=Block())
+    assert tn.fuse_report(fused_like(model, normal(2, 4, 5, 6))).fused == {"block.norm": "GroupNorm + relu"}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("between", ["norm and sum", "sum and activation", "both"])
+def test_dropouts_that_may_be_off(p, between):
+    """At p=0 and in evaluation they are nothing; in training all goes one after the other."""
+    def forward(m, x):
+        y = m.norm(x)
+        y = (m.first(y) if between != "sum and activation" else m.nothing(y)) + x
+        return F.silu(m.second(y) if between != "norm and sum" else m.nothing(y))
+
+    model = Apply(forward, norm=nn.GroupNorm(2, 4), first=nn.Dropout(p), second=nn.Dropout2d(p), nothing=nn.Identity())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused == {"norm": "GroupNorm + add + silu"}
+    fused.train().first.p = fused.second.p = 1.0
+    assert not torch.equal(fused(normal(2, 4, 5, 6)), fused.eval()(normal(2, 4, 5, 6)))
+
+
+def test_an_identity_between_modules():
+    fused = fused_like(nn.Sequential(*conv(), nn.Identity(), nn.ReLU(), nn.Identity()), normal(2, 4, 5, 6))
+    assert isinstance(fused[1].activation, nn.ReLU)
+    assert tn.fuse_report(fused).fused == {"1": "BatchNorm2d + ReLU"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (lambda y: y * torch.sigmoid(y))(m.norm(x)),
+        lambda m, x: (lambda y: m.gate(y) * y)(m.norm(x) + x),
+        lambda m, x: (lambda y: y.mul_(y.sigmoid()))(m.norm(x)),
+    ],
+    ids=["function", "module", "in place"],
+)
+def test_swish_as_a_product(function):
+    fused = fused_like(Apply(function, norm=nn.BatchNorm2d(4), gate=nn.Sigmoid()), normal(2, 4, 5, 6), steps=1)
+    report = tn.fuse_report(fused)
+    assert "x * " in report.fused["norm"]
+    assert report.remaining == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.relu(F.instance_norm(x, eps=0.1)),
+        lambda m, x: F.relu(F.batch_norm(x, m.mean, m.var, None, None, True, 0.3)),
+        lambda m, x: F.silu(F.batch_norm(x, m.mean, m.var, None, None, m.training) + x),
+        lambda m, x: F.pad(F.gelu(F.group_norm(x, 2)), (1, 1, 1, 1), "reflect"),
+        lambda m, x: F.prelu(F.layer_norm(x, (6,)), m.slope),
+        lambda m, x: F.relu(F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)),
+        lambda m, x: F.relu(F.rms_norm(x, (6,)) + 1) + F.relu(F.instance_norm(x) + x[:, :, :1]),
+    ],
+    ids=["instance", "batch", "by mode", "group", "layer", "channels", "numbers"],
+)
+def test_norms_that_are_functions(function):
+    model = Apply(lambda m, x: function(m, m.conv(x)), conv=nn.Conv2d(4, 4, 1))
+    model.slope = nn.Parameter(torch.ones(1))
+    model.register_buffer("mean", torch.zeros(4))
+    model.register_buffer("var", torch.ones(4))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    report = tn.fuse_report(fused)
+    assert len(report.fused) == 1
+    assert "norm" in next(iter(report.fused))
+
+
+@pytest.mark.parametrize("form", ["channel", "sample", "element", "neither"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("how", ["1 + g", "g"])
+def test_modulation(form, affine, how):
+    """Seen at the call: per channel, sample or element in one pass, anything else one after the other."""
+    def forward(m, x, style):
+        g, b = m.style(style).chunk(2, 1)
+        view = {
+            "sample": lambda p: p[:, :, None, None], "channel": lambda p: p[:1, :, None, None],
+            "element": lambda p: p[:, :, None, None] * x, "neither": lambda p: x[:, :1],
+        }[form]  # fmt: skip
+        scale = 1 + view(g) if how == "1 + g" else view(g)
+        return F.silu(m.norm(x) * scale + view(b))
+
+    model = ApplyTwo(forward, norm=nn.GroupNorm(2, 4, affine=affine), style=nn.Linear(3, 8))
+    fused = fused_like(model, normal(2, 4, 5, 6), normal(2, 3), steps=1)
+    assert tn.fuse_report(fused).fused == {"norm": "GroupNorm + mul + add + silu"}
+
+
+def test_modulation_is_one_launch(monkeypatch):
+    model = ApplyTwo(lambda m, x, g: F.relu(m.norm(x) * (1 + g[:, :, None, None]) + g[:, :, None, None]),
+                     norm=nn.GroupNorm(2, 4))  # fmt: skip
+    x, g = torch.randn(2, 4, 5, 6), torch.randn(2, 4)
+    want, fused = model(x, g), tn.fuse(model)
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    with counting() as count, torch.no_grad():
+        torch.testing.assert_close(fused(x, g), want, atol=1e-5, rtol=1e-5)
+    assert len(count.launches) == 1
 
 
 # Kept correct, or left alone
@@ -679,6 +875,7 @@ def test_report():
         "  3: BasicBlock",
         "Left alone (1):",
         "  6: Other is no norm of torch.nn that this package fuses",
+        "Operations behind norms: 4 before, 0 now.",
     ]
     # What it would be, of a model that has not been fused, and which stays so.
     assert str(tn.fuse_report(model)) == text

@@ -1,13 +1,15 @@
 """One call in place of a chain: what is put into a graph, and what that computes when it runs."""
 
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..activations import ACTIVATIONS, Resolved
 from ..layers import convert
+from ..layers.base import parameters_of
+from ..layers.convert import is_ours
 from ..ops.call import Result, normalize
 from ..spec import Spec
 from .finder import Chain
@@ -46,46 +48,59 @@ def _call_module(graph: fx.Graph, chain: Chain) -> fx.Node:
         activation = graph.call_function(made_activation, (found.cls, found.numbers))
     padding, mode = chain.padding or (0, "reflect")
     args = (norm, chain.norm.x, chain.residual, activation, padding, mode, chain.pair, _is_in_place(chain))
+    more = {}
     if chain.dropouts != ([], []):
-        args += (tuple(tuple(graph.get_attr(path) for path in paths) for paths in chain.dropouts),)
-    return graph.call_function(call, args)
+        more["dropouts"] = tuple(tuple(graph.get_attr(path) for path in paths) for paths in chain.dropouts)
+    if chain.product is not None:
+        more["modulation"] = (chain.scale, chain.shift, chain.offset)
+    return graph.call_function(call, args, more)
 
 
 def _call_function(graph: fx.Graph, chain: Chain) -> fx.Node:
-    norm, weight, bias = chain.norm, chain.norm.weight, chain.norm.bias
+    norm = chain.norm
     name, numbers, _ = chain.activation.resolved() if chain.activation is not None else Resolved("identity")
     slope = None if chain.activation is None else chain.activation.slope
     padding, mode = chain.padding or (0, "reflect")
-    offset = False
-    if chain.product is not None:
-        offset = chain.offset and weight is None and bias is None
-        affine = graph.call_function(affined, (norm.x, weight, bias, chain.scale, chain.shift, chain.offset))
-        weight, bias = (graph.call_function(operator.getitem, (affine, i)) for i in range(2))
     spec = norm.spec.but(
-        activation=name, parameters=numbers, padding=padding, padding_mode=mode, return_unpadded=chain.pair,
-        unit_offset=offset,
-    )  # fmt: skip
-    operands = (norm.x, weight, bias, chain.residual, slope, norm.running_mean, norm.running_var)
-    return graph.call_function(call_function, (spec, *operands, _is_in_place(chain)))
+        activation=name, parameters=numbers, padding=padding, padding_mode=mode, return_unpadded=chain.pair
+    )
+    operands = (norm.x, norm.weight, norm.bias, chain.residual, slope, norm.running_mean, norm.running_var)
+    more = {} if chain.product is None else {"modulation": (chain.scale, chain.shift, chain.offset)}
+    return graph.call_function(call_function, (spec, *operands, _is_in_place(chain)), more)
 
 
 def _is_in_place(chain: Chain) -> bool:
     return chain.residual is not None and chain.add.target in (operator.iadd, "add_")
 
 
+#: What a normalized tensor is multiplied with, what is added to that, and whether the factor is one more.
+Modulation = tuple[Tensor, Tensor | None, bool]
+
+
 def call(
     norm: nn.Module, x: Tensor, residual: Any, activation: None | nn.Module, padding: Any, padding_mode: str,
     return_unpadded: bool, in_place: bool, dropouts: tuple[tuple[nn.Module, ...], ...] = ((), ()),
+    modulation: Modulation | None = None,
 ) -> Any:  # fmt: skip
     """``convert.normalize``, also for addends that are no ``residual`` (numbers, other shapes and dtypes).
 
     ``dropouts`` are those before the sum and those behind it: while one is at work, all goes one after the other.
     """
     rest = padding, padding_mode, return_unpadded
-    is_plain = not any(is_active(layer) for layers in dropouts for layer in layers)
-    if is_plain and (residual is None or _is_like(residual, x)):
-        return convert.normalize(norm, x, residual, activation, *rest)
+    if not any(is_active(layer) for layers in dropouts for layer in layers):
+        if modulation is not None:
+            affine = affined(x, *parameters_of(norm), *modulation)
+            if affine is not None and (affine.residual is None or residual is None) and is_ours(norm):
+                return norm(
+                    x, affine.residual if residual is None else residual, weight=affine.weight, bias=affine.bias,
+                    unit_offset=affine.offset, activation=activation, padding=padding, padding_mode=padding_mode,
+                    return_unpadded=return_unpadded,
+                )  # fmt: skip
+        elif residual is None or _is_like(residual, x):
+            return convert.normalize(norm, x, residual, activation, *rest)
     y = convert.normalize(norm, x)
+    if modulation is not None:
+        y = _modulated(y, *modulation)
     for layer in dropouts[0]:
         y = layer(y)
     if residual is not None:
@@ -98,17 +113,26 @@ def call(
 
 def call_function(
     spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Any, slope: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, in_place: bool,
+    running_mean: Tensor | None, running_var: Tensor | None, in_place: bool, modulation: Modulation | None = None,
 ) -> Result:  # fmt: skip
     """The same for a norm that is a function: what ``spec`` says of these operands."""
     running = running_mean, running_var, None
-    if residual is None or _is_like(residual, x, spec.result(x)):
-        return normalize(spec, x, weight, bias, residual, slope, *running)
+    affine = Affine(weight, bias) if modulation is None else affined(x, weight, bias, *modulation)
+    addend = residual if affine is None or affine.residual is None else affine.residual
+    if affine is not None and (addend is None or _is_like(addend, x, spec.result(x))):
+        if affine.offset:
+            spec = spec.but(unit_offset=True)
+        return normalize(spec, x, affine.weight, affine.bias, addend, slope, *running)
     plain = spec.but(activation="identity", parameters=(), padding=0, return_unpadded=False)
     y = normalize(plain, x, weight, bias, None, None, *running)
-    y = y.add_(residual) if in_place else y + residual
+    if modulation is not None:
+        y = _modulated(y, *modulation)
+    if residual is not None:
+        y = y.add_(residual) if in_place else y + residual
     numbers = spec.parameters if slope is None else (slope,)
-    return convert.finish(ACTIVATIONS[spec.activation].torch(y, *numbers), *spec[7:10])
+    return convert.finish(
+        ACTIVATIONS[spec.activation].torch(y, *numbers), spec.padding, spec.padding_mode, spec.return_unpadded
+    )
 
 
 def _is_like(residual: Any, x: Tensor, dtype: torch.dtype | None = None) -> bool:
@@ -120,29 +144,57 @@ def _is_like(residual: Any, x: Tensor, dtype: torch.dtype | None = None) -> bool
     )
 
 
+class Affine(NamedTuple):
+    """Weight and bias of a call, whether the factor is 1 + weight, and what is added besides."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    offset: bool = False
+    residual: Tensor | None = None
+
+
 def affined(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor, shift: Tensor | None, offset: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of ``(norm(x) * weight + bias) * scale + shift``; with ``offset`` the factor is 1 + ``scale``.
+) -> Affine | None:
+    """``(norm(x) * weight + bias) * scale + shift`` as one affine; with ``offset`` the factor is 1 + ``scale``.
 
-    ``scale`` and ``shift`` are like x or have one number per channel or per sample and channel, (N or 1, C, 1, ...).
-    Without weight and bias the offset is left to the norm.
+    ``scale`` and ``shift`` have one number per channel or per sample and channel, (N or 1, C, 1, ...), or per element.
+    None for any other, and for a ``scale`` per element behind a weight or bias: both would be as large as x.
     """
-    if weight is not None or bias is not None:
-        scale = 1 + scale if offset else scale
+    if not all(p is None or _is_wide(p, x) for p in (scale, shift)):
+        return None
+    wide = shift is not None and shift.shape == x.shape
     if scale.shape == x.shape:
-        return scale, shift
-    scale, shift = (None if p is None else _per_channel(p) for p in (scale, shift))
+        if weight is not None or bias is not None:
+            return None
+        return Affine(scale, shift, offset) if wide or shift is None else Affine(scale, _per_channel(shift), offset)
+    scale, bias_behind = _per_channel(scale), None if shift is None or wide else _per_channel(shift)
+    residual = shift if wide else None
+    if weight is None and bias is None:
+        return Affine(scale, bias_behind, offset, residual)
+    scale = 1 + scale if offset else scale
     bias = None if bias is None else bias * scale
-    if weight is not None:
-        scale = weight * scale
-    if bias is None or shift is None:
-        return scale, bias if shift is None else shift
-    return scale, bias + shift
+    weight = scale if weight is None else weight * scale
+    if bias is not None and bias_behind is not None:
+        bias = bias + bias_behind
+    return Affine(weight, bias_behind if bias is None else bias, False, residual)
+
+
+def _modulated(y: Tensor, scale: Tensor, shift: Tensor | None, offset: bool) -> Tensor:
+    """One after the other."""
+    y = y * (1 + scale if offset else scale)
+    return y if shift is None else y + shift
+
+
+def _is_wide(p: Any, x: Tensor) -> bool:
+    """Whether this is a number per channel, per sample and channel, or per element of x."""
+    if not isinstance(p, Tensor) or p.dim() != x.dim() or p.dtype != x.dtype or p.device != x.device:
+        return False
+    if p.shape == x.shape:
+        return True
+    return p.shape[1] == x.shape[1] and p.shape[0] in (1, x.shape[0]) and all(size == 1 for size in p.shape[2:])
 
 
 def _per_channel(p: Tensor) -> Tensor:
     """(N or 1, C, 1, ...) as (N, C) or (C,)."""
     return p.reshape(p.shape[1:2] if p.shape[0] == 1 else p.shape[:2])
-
-

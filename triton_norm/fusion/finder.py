@@ -212,7 +212,7 @@ class Finder:
             reason = "what is added is not another tensor"
         elif trace.mutated(reader, self.modules) not in (None, chain.value):
             reason = "it writes into the other addend"
-        elif chain.product is not None and chain.shift is None and self._form(other, chain) in ("channel", "sample"):
+        elif chain.product is not None and chain.shift is None and self._is_shift(other, chain):
             if not self._stays(chain, reader):
                 return False
             chain.add, chain.shift = reader, other
@@ -252,18 +252,24 @@ class Finder:
         if not self._takes_affine(chain.norm):
             return False
         g = meaning.one_plus(other)
-        form = self._form(other if g is None else g, chain)
-        if form is None or (form == "element" and self._has_affine(chain.norm)) or not self._stays(chain, reader):
+        if example(chain.norm.x) is not None:
+            form = self._form(other if g is None else g, chain)
+            if form is None or (form == "element" and (chain.norm.weight or chain.norm.bias) is not None):
+                return False
+        if not self._stays(chain, reader):
             return False
         chain.product, chain.scale, chain.offset = reader, other if g is None else g, g is not None
         return True
 
+    def _is_shift(self, other: Node, chain: Chain) -> bool:
+        """Whether a sum behind a product belongs to that; where shapes are not known, the call will see."""
+        return example(chain.norm.x) is None or self._form(other, chain) in ("channel", "sample")
+
     def _takes_affine(self, norm: Norm) -> bool:
         """Whether a wide weight and bias can be given at the call."""
-        return norm.kind in BY_CHANNEL
-
-    def _has_affine(self, norm: Norm) -> bool:
-        return norm.weight is not None or norm.bias is not None
+        if norm.module is None:
+            return norm.kind in BY_CHANNEL
+        return convert.takes_affine(self.modules[norm.module])
 
     def _form(self, p: Node, chain: Chain) -> str | None:
         """How many numbers ``p`` has for a norm of (N, C, *): per "channel", "sample" (and channel) or "element"."""

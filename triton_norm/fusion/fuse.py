@@ -11,12 +11,15 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..layers import convert
 from ..layers.blocks import ConvNormAct
-from ..layers.convert import Elementwise, is_norm, is_ours
+from ..layers.convert import Elementwise, is_known, is_norm, is_ours
+from ..layers.known import activation_of_known
 from . import backend, trace
 from .chains import replace
 from .finder import Chain, Finder
-from .meaning import followed
+from .meaning import described, followed
 from .report import FuseReport
+from .rewrite import rewrite
+from .trace import Variant
 
 __all__ = ["FuseReport", "fuse", "fuse_report"]
 
@@ -56,6 +59,7 @@ def fuse(model: nn.Module, inference: bool = False, *, inplace: bool = False) ->
             module.__class__ = type(module)._original
     fuser = _Fuser(model, inference)
     fuser.visit("", model)
+    fuser.rewrite()
     model = fuser.swap_norms()
     model.__dict__["_fuse_report"] = fuser.report
     return model
@@ -98,50 +102,79 @@ class _Fuser:
         self.path = {id(m): path for path, m in root.named_modules()}
         self.places = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
         #: Why a norm is alone, as found on the way.
-        self.notes: dict[int, str] = {}
+        self.notes: dict[str, str] = {}
+        #: Modules that get another forward, from the outside in, with the paths of the inner ones that become part.
+        self.owners: dict[str, set[str]] = {}
+        #: Norms that these forwards call, which must stay as they are.
+        self.claimed: set[int] = set()
+        self.traced: dict[int, list[Variant] | trace.Untraceable] = {}
+        #: Modules that are no longer there, whose ids are keys.
+        self.kept: list[nn.Module] = []
 
     def visit(self, path: str, module: nn.Module) -> None:
-        """Fuses inside ``module``, by its graph if there is one."""
-        if not any(True for _ in module.children()) or _is_closed(module) or is_ours(module):
+        """Fuses what the forward of ``module`` connects, then inside its children."""
+        if _is_closed(module) or is_ours(module) or trace.is_layer(type(module)) or is_known(module):
             return
-        try:
-            graph = trace.trace(module)
-            if self.inference and self.fold(module, graph):
-                graph = trace.trace(module)
-        except trace.Untraceable as reason:
+        found = self.variants(module)
+        is_one = not isinstance(found, trace.Untraceable) and trace.is_one(module, found)
+        if self.inference and is_one and self.fold(module, found[0].graph):
+            found = self.variants(module, again=True)
+        if isinstance(found, trace.Untraceable):
             if type(module) is nn.Sequential and not trace.is_foreign(module):
                 self.neighbours(module)
             elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and any(is_norm(m) for m in module.modules()):
-                self.report.left[path] = f"{type(module).__name__}: {reason}"
+                self.report.left[path] = f"{type(module).__name__}: {found}"
             if self.inference and isinstance(module, ConvNormAct):
                 self.fold_pair(module.conv, module.norm)
-            for name, child in module.named_children():
+        else:
+            for i, variant in enumerate(found):
+                self.by_graph(path, module, variant, is_one, i == 0)
+        for name, child in module.named_children():
+            if _join(path, name) == self.path.get(id(child)):
                 self.visit(_join(path, name), child)
-            return
-        self.by_graph(path, module, graph)
-        for node in graph.nodes:
-            if node.op == "call_module":
-                self.visit(_join(path, node.target), module.get_submodule(node.target))
 
-    def by_graph(self, path: str, module: nn.Module, graph: Graph) -> None:
+    def variants(self, module: nn.Module, again: bool = False) -> "list[Variant] | trace.Untraceable":
+        if again or id(module) not in self.traced:
+            try:
+                self.traced[id(module)] = trace.variants(module)
+            except trace.Untraceable as reason:
+                self.traced[id(module)] = reason
+        return self.traced[id(module)]
+
+    def by_graph(self, path: str, module: nn.Module, variant: Variant, alone: bool, counts: bool) -> None:
+        """Chains that the forward of ``module`` connects in this variant. ``alone`` if it is the only one."""
         inner = dict(module.named_modules(remove_duplicate=False))
-        finder = Finder(graph, inner)
-        owners: dict[str, set[str]] = {}
-        for chain in [c for c in finder.find(self.why_not) if c.operations]:
-            if chain.only_modules and all(self.is_replaceable(inner[n.target], finder) for n in chain.parts):
+        finder = Finder(variant.graph, inner)
+        for chain in finder.find(self.why_not):
+            name = _join(path, chain.norm.module or _scoped(chain.norm.node))
+            owner = self.owner(chain.parts, inner)
+            if chain.stayed is not None and self.owner([chain.norm.node, chain.stayed[0]], inner) == "":
+                self.stays(name, chain, inner, counts)
+            if not chain.operations:
+                self.notes.setdefault(name, followed(chain.norm.result, inner))
+            elif owner == "" and alone and self.is_absorbable(chain, finder, path):
                 self.absorb(chain, inner)
-                continue
-            scopes = [node.meta["scope"] for node in chain.parts]
-            owner = _common(scopes)
-            owners.setdefault(owner, set()).update(p for scope in scopes for p in _between(owner, scope))
-        done: set[str] = set()
-        for owner in sorted(owners, key=lambda name: name.count(".") + bool(name)):
-            if owner not in done:
-                done |= owners[owner]
-                self.rewrite(_join(path, owner), inner[owner], [inner[name] for name in owners[owner]])
-        for node in finder.graph.nodes:
-            if node.op == "call_module" and is_norm(inner[node.target]):
-                self.notes[id(inner[node.target])] = followed(node, inner)
+                self.report.operations += len(chain.operations)
+            elif owner == "":
+                scopes = [node.meta["scope"] for node in chain.parts]
+                self.owners.setdefault(path, set()).update(p for scope in scopes for p in _between("", scope))
+                if chain.norm.module is not None:
+                    self.claimed.add(id(inner[chain.norm.module]))
+                if counts:
+                    own = [n for n in chain.operations if self.owner([chain.norm.node, n], inner) == ""]
+                    self.report.operations += len(own)
+
+    def owner(self, nodes: list[Node], inner: dict[str, nn.Module]) -> str:
+        """The innermost module whose forward connects these nodes and which can be traced by itself."""
+        owner = _common([node.meta["scope"] for node in nodes])
+        while owner and isinstance(self.variants(inner[owner]), trace.Untraceable):
+            owner = owner.rpartition(".")[0]
+        return owner
+
+    def stays(self, name: str, chain: Chain, inner: dict[str, nn.Module], counts: bool) -> None:
+        node, reason = chain.stayed
+        self.report.stayed.setdefault(name, f"{described(node, inner)}: {reason}")
+        self.report.operations += counts
 
     def why_not(self, norm: nn.Module) -> str | None:
         if trace.is_hooked(norm):
@@ -149,6 +182,20 @@ class _Fuser:
         if trace.is_foreign(norm):
             return "its forward is not its class's"
         return None
+
+    def is_absorbable(self, chain: Chain, finder: Finder, path: str) -> bool:
+        """Whether the norm's own settings can say it, whoever calls the modules."""
+        if not chain.only_modules or chain.gate is not None:
+            return False
+        parts = [finder.modules[n.target] for n in chain.parts]
+        scopes = {p for node in chain.parts for p in _between("", node.meta["scope"])}
+        return (
+            id(parts[0]) not in self.claimed
+            and all(self.is_replaceable(m, finder) for m in parts)
+            # Those that can be called in other ways may not call these one after the other.
+            and all(trace.is_one(m, f) for p in scopes
+                    if not isinstance(f := self.variants(m := finder.modules[p]), trace.Untraceable))
+        )  # fmt: skip
 
     def is_replaceable(self, module: nn.Module, finder: Finder) -> bool:
         """Whether nobody else uses this module, and no state_dict would miss it."""
@@ -161,11 +208,14 @@ class _Fuser:
     def absorb(self, chain: Chain, inner: dict[str, nn.Module]) -> None:
         """The norm's module takes in the modules behind it."""
         layers = [inner[n.target] for n in chain.parts]
-        self.take_in(layers, inner[chain.activation.module] if chain.activation else None, chain.padding)
+        activation = inner[chain.activation.module] if chain.activation else None
+        self.take_in(layers, activation, chain.padding, chain.words(inner))
 
-    def take_in(self, layers: list[nn.Module], activation: nn.Module | None, padding: tuple | None) -> None:
+    def take_in(
+        self, layers: list[nn.Module], activation: nn.Module | None, padding: tuple | None, words: str
+    ) -> None:  # fmt: skip
         norm = convert.absorb(convert.to_ours(layers[0]), activation, padding)
-        self.report.fused[self.path[id(layers[0])]] = " + ".join(type(layer).__name__ for layer in layers)
+        self.report.fused[self.path[id(layers[0])]] = words
         self.put(layers[0], norm)
         for layer in layers[1:]:
             self.put(layer, nn.Identity().train(layer.training))
@@ -179,27 +229,47 @@ class _Fuser:
         self.root.get_submodule(parent)._modules[name] = new
         self.path[id(new)] = path
         self.places[id(new)] = self.places[id(old)]
-        # Keep old alive: its id is a key.
-        self.kept = (*getattr(self, "kept", ()), old)
+        self.kept.append(old)
 
-    def rewrite(self, path: str, owner: nn.Module, inline: list[nn.Module]) -> None:
-        """Another forward for ``owner``, through the forwards of ``inline``."""
-        try:
-            graph = trace.trace(owner, inline)
-        except trace.Untraceable as reason:
-            self.report.left[path] = f"{type(owner).__name__}: {reason}"
-            return
-        inner = dict(owner.named_modules(remove_duplicate=False))
-        chains = [c for c in Finder(graph, inner).find(self.why_not) if c.operations]
-        for chain in chains:
-            self.report.fused[_join(path, chain.norm.module or chain.norm.node.name)] = chain.words(inner)
-            replace(graph, chain)
-        if chains:
-            trace.rewrite(owner, graph)
-            through = ", ".join(sorted(self.path[id(m)] for m in inline))
+    def rewrite(self) -> None:
+        """Another forward for every owner, through the forwards of those within that become part of it."""
+        made = []
+        for path, inline in self.owners.items():
+            owner = self.root.get_submodule(path)
+            inlined = sorted(self.through(path, inline))
+            try:
+                found = trace.variants(owner, [owner.get_submodule(p) for p in inlined])
+            except trace.Untraceable as reason:
+                self.report.left[path] = f"{type(owner).__name__}: {reason}"
+                continue
+            alone = trace.is_one(owner, found)
+            inner = dict(owner.named_modules(remove_duplicate=False))
+            kept = [variant for variant in found if self.in_variant(path, variant, inner) or alone]
+            if kept:
+                made.append((path, owner, kept, inlined, alone))
+        for path, owner, kept, inlined, alone in made:
+            rewrite(owner, kept, inlined, alone)
+            through = ", ".join(_join(path, p) for p in inlined)
             self.report.rewritten[path] = type(owner).__name__ + (
                 f", in place of the forwards of {through}" if through else ""
             )
+
+    def through(self, path: str, inline: set[str]) -> set[str]:
+        """With those that an inlined module's own forward would hold: its chains are this forward's then."""
+        whole = set(inline)
+        for name in inline:
+            below = _join(path, name)
+            whole |= {_join(name, p) for p in self.through(below, self.owners.get(below, set()))}
+        return whole
+
+    def in_variant(self, path: str, variant: Variant, inner: dict[str, nn.Module]) -> bool:
+        """Fuses in the graph; whether there was anything to fuse."""
+        chains = [c for c in Finder(variant.graph, inner).find(self.why_not) if c.operations]
+        for chain in chains:
+            name = _join(path, chain.norm.module or _scoped(chain.norm.node))
+            self.report.fused.setdefault(name, chain.words(inner))
+            replace(variant.graph, chain)
+        return bool(chains)
 
     def neighbours(self, layers: nn.Sequential) -> None:
         """Runs in a Sequential that is called as a whole."""
@@ -210,6 +280,8 @@ class _Fuser:
         children = [*layers, None]
         for i, norm in enumerate(children[:-1]):
             if not is_norm(norm) or self.why_not(norm) is not None or not self.is_alone(norm):
+                continue
+            if id(norm) in self.claimed:
                 continue
             run, activation = [norm], None
             following = children[i + 1]
@@ -225,7 +297,8 @@ class _Fuser:
             else:
                 padding = None
             if len(run) > 1:
-                self.take_in(run, activation, padding)
+                self.take_in(run, activation, padding, " + ".join(type(layer).__name__ for layer in run))
+                self.report.operations += len(run) - 1
 
     def is_alone(self, module: nn.Module) -> bool:
         return self.places[id(module)] == 1 and not trace.is_opaque(module)
@@ -276,26 +349,45 @@ class _Fuser:
         """Every other norm becomes ours; returns the root, which may be one."""
         done: dict[int, nn.Module] = {}
         for path, module in list(self.root.named_modules(remove_duplicate=False)):
-            if not isinstance(module, convert.NORMS) or any(is_ours(m) for m in self.parents(path)):
+            is_one = isinstance(module, convert.NORMS) or is_known(module)
+            if not is_one or any(is_ours(m) for m in self.parents(path)):
                 continue
             if is_ours(module) or path in self.report.fused:
                 self.swap(path, module, done)
                 if not isinstance(module, Elementwise):
                     self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
                 continue
-            if type(module) not in convert.OURS:
-                reason = f"{type(module).__name__} is no norm of torch.nn that this package fuses"
-            elif any(_is_closed(m) for m in self.parents(path)):
-                reason = "it is part of a module that is left alone"
-            else:
-                reason = self.why_not(module)
+            reason = self.why_left(path, module)
             if reason is not None:
                 self.report.left[path] = reason
                 continue
-            note = "shared between several places" if self.places[id(module)] > 1 else self.notes.get(id(module))
-            self.report.alone[path] = type(module).__name__ + (f", {note}" if note else "")
             self.swap(path, module, done)
+            act = activation_of_known(module)
+            if act is not None and is_known(module):
+                self.report.fused[path] = f"{type(module).__name__} with its {type(act).__name__}"
+                self.report.operations += 1
+            else:
+                note = self.why_alone(path, module)
+                self.report.alone[path] = type(module).__name__ + (f", {note}" if note else "")
         return done.get(id(self.root), self.root)
+
+    def why_left(self, path: str, module: nn.Module) -> str | None:
+        if type(module) not in convert.OURS and not is_known(module):
+            return f"{type(module).__name__} is no norm of torch.nn that this package fuses"
+        if any(_is_closed(m) for m in self.parents(path)):
+            return "it is part of a module that is left alone"
+        return self.why_not(module)
+
+    def why_alone(self, path: str, module: nn.Module) -> str | None:
+        if self.places[id(module)] > 1:
+            return "shared between several places"
+        if path in self.notes:
+            return self.notes[path]
+        names = path.split(".")[:-1]
+        for parent in (".".join(names[:i]) for i in range(len(names), -1, -1)):
+            if parent in self.report.left:
+                return f"called by {parent or 'the model'}, which is left alone"
+        return None
 
     def swap(self, path: str, module: nn.Module, done: dict[int, nn.Module]) -> None:
         ours = done.setdefault(id(module), convert.to_ours(module) or module)
@@ -335,3 +427,8 @@ def _between(owner: str, scope: str) -> list[str]:
     names = scope.split(".") if scope else []
     start = len(owner.split(".")) if owner else 0
     return [".".join(names[: i + 1]) for i in range(start, len(names))]
+
+
+def _scoped(node: Node) -> str:
+    """A function by the module whose forward calls it."""
+    return _join(node.meta["scope"], node.name)

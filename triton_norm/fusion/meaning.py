@@ -29,7 +29,7 @@ _ACTIVATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 _METHODS = ("relu", "sigmoid", "tanh")
 #: x times this of x -> the activation that both are.
-_GATES = {"Sigmoid": "SiLU", "Hardsigmoid": "Hardswish"}
+_GATES = {"Sigmoid": "SiLU"}
 _PAD_NAMES = {theirs: ours for ours, theirs in PADDING_MODES.items()}
 _BATCH = "input running_mean running_var weight bias training momentum eps"
 _TORCHS_BATCH = "input weight bias running_mean running_var training momentum eps"

@@ -1,7 +1,7 @@
-"""Tracing a module's ``forward`` with torch.fx without side effects, and giving it another one.
+"""Tracing a module's ``forward`` with torch.fx without side effects.
 
-A forward is only trusted when the trace says all of it: it must come out the same in training and in evaluation, draw
-no random numbers, and leave the module's attributes as they were.
+A forward is only trusted when traces say all of it: one of each way to call it, in training and in evaluation. It must
+draw no random numbers, and leave the module's attributes as they were.
 """
 
 import functools
@@ -10,15 +10,14 @@ import operator
 import random
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import Node
 
-from ..layers.convert import is_ours
+from ..layers.convert import is_known, is_ours
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -39,6 +38,10 @@ def is_foreign(module: nn.Module) -> bool:
 def is_opaque(module: nn.Module) -> bool:
     """Whether calls of this module must stay calls of it."""
     return is_hooked(module) or is_foreign(module)
+
+
+class Rewritten:
+    """Mixed into a copy of a module's class whose forward is generated from graphs."""
 
 
 #: What models are made from, rather than layers.
@@ -73,16 +76,27 @@ for _name in _IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """Notes for each node which module's forward it stands in, as ``meta["scope"]``, a path of names."""
 
-    def __init__(self, inline: Collection[nn.Module] | None) -> None:
+    def __init__(self, inline: Collection[nn.Module] | None, way: "Way") -> None:
         super().__init__()
+        self._way = way
         self._inline = None if inline is None else {id(m) for m in inline}
         self._scopes = [""]
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
+        """Of the arguments, only those that are tensors become the graph's; the others are as the way says."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._way.tensors]
+
+        def forward(*tensors: Any) -> Any:
+            return root_fn(self.root, **dict(zip(self._way.tensors, tensors, strict=True)), **self._way.constants)
+
+        return forward, proxies
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             is_ours(m)
             or is_opaque(m)
             # A subclass of one of torch's layers is a layer too.
+            or is_known(m)
             or is_layer(type(m))
             or (self._inline is not None and id(m) not in self._inline)
         )
@@ -106,31 +120,102 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def trace(module: nn.Module, inline: Collection[nn.Module] | None = None) -> fx.Graph:
-    """The graph of ``module``'s forward, through every inner forward or only those of ``inline``.
+class Way(NamedTuple):
+    """A way of calling a forward: which arguments are tensors, and what the others are."""
+
+    tensors: tuple[str, ...]
+    constants: dict[str, Any]
+
+
+class Variant(NamedTuple):
+    """What a forward does when it is called one way, in training, in evaluation or (None) in both."""
+
+    way: Way
+    training: bool | None
+    graph: fx.Graph
+
+
+def ways(module: nn.Module) -> list[Way]:
+    """With the defaults; with tensors where the defaults are None; with None for all that is required but the first.
 
     Raises ``Untraceable``.
     """
     if is_foreign(module):
         raise Untraceable("its forward is not its class's")
-    required = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    arguments = inspect.signature(type(module).forward, follow_wrapped=False).parameters.values()
-    if any(a.kind not in required or a.default is not a.empty for a in arguments):
-        # The trace would be of one way to call it.
-        raise Untraceable("its forward takes optional arguments")
+    required, optional = [], {}
+    for name, p in arguments(type(module).forward).items():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.default is not p.empty:
+            optional[name] = p.default
+        elif p.kind is p.KEYWORD_ONLY:
+            raise Untraceable("its forward has keywords without defaults")
+        else:
+            required.append(name)
+    found = [Way(tuple(required), optional)]
+    given = [name for name, default in optional.items() if default is None]
+    if given:
+        others = {name: default for name, default in optional.items() if name not in given}
+        found.append(Way((*required, *given), others))
+    if len(required) > 1:
+        found.append(Way(tuple(required[:1]), {**dict.fromkeys(required[1:]), **optional}))
+    return found
+
+
+def arguments(forward: Callable) -> dict[str, inspect.Parameter]:
+    """Those behind ``self``, of a decorated forward those that it is written with."""
+    own = inspect.signature(forward, follow_wrapped=False).parameters
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in list(own.values())[1:]):
+        own = inspect.signature(forward).parameters
+    return dict(list(own.items())[1:])
+
+
+def variants(module: nn.Module, inline: Collection[nn.Module] | None = None) -> list[Variant]:
+    """What ``module``'s forward does, through every inner forward or only those of ``inline``.
+
+    Raises ``Untraceable`` if none of the ways of calling it can be traced, for the first one's reason.
+    """
+    found: list[Variant] = []
+    reason: Untraceable | None = None
+    for way in ways(module):
+        try:
+            graphs = _trace(module, inline, way)
+        except Untraceable as error:
+            reason = reason or error
+            continue
+        texts = {training: _text(graph) for training, graph in graphs.items()}
+        if len(graphs) == 2 and texts[True] == texts[False]:
+            graphs = {None: graphs[True]}
+        found += [Variant(way, training, graph) for training, graph in graphs.items()]
+    if not found:
+        raise reason or Untraceable("it has no forward")
+    return found
+
+
+def is_one(module: nn.Module, found: list[Variant]) -> bool:
+    """Whether this one variant is all that the forward can do."""
+    has_more = any(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in arguments(type(module).forward).values()
+    )
+    return len(found) == 1 and found[0].training is None and not has_more
+
+
+def _trace(module: nn.Module, inline: Collection[nn.Module] | None, way: Way) -> dict[bool, fx.Graph]:
+    """The graphs of training and of evaluation, of one of them alone where the other cannot be traced."""
+    graphs, reasons = {}, []
     with _restored(module) as check:
-        graphs = []
         for training in (True, False):
             for m in _python_modules(module):
                 m.__dict__["training"] = training
             try:
-                graphs.append(_Tracer(inline).trace(module))
+                graphs[training] = _Tracer(inline, way).trace(module)
             except Exception as error:
-                raise Untraceable(f"torch.fx cannot trace it: {_first_line(error)}") from error
+                reasons.append(error)
         check()
-    if _text(graphs[0]) != _text(graphs[1]):
-        raise Untraceable("its forward differs between training and evaluation")
-    return graphs[0]
+    if not graphs:
+        raise Untraceable(f"torch.fx cannot trace it: {_first_line(reasons[0])}") from reasons[0]
+    return graphs
 
 
 def _python_modules(module: nn.Module) -> list[nn.Module]:
@@ -241,65 +326,3 @@ def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             for user in list(source.users):
                 if order[user] > order[node]:
                     user.replace_input_with(source, node)
-
-
-# Another forward
-
-
-class Rewritten:
-    """Mixed into a copy of a module's class: its forward is generated from a graph. Copies and pickles with it."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (cls, *args), *rest = super().__reduce_ex__(2)
-        return _rebuild, (cls._original, cls._source, _portable(cls._names), args), *rest
-
-
-def rewrite(module: nn.Module, graph: fx.Graph) -> None:
-    """Gives this one object the forward of ``graph``; it stays an instance of its class."""
-    graph.lint()
-    code = graph.python_code("self")
-    module.__class__ = _rewritten(type(module), code.src, code.globals)
-
-
-def _rewritten(cls: type, source: str, names: dict[str, Any]) -> type:
-    scope = dict(names)
-    code = compile(source, f"<forward of a fused {cls.__name__}>", "exec")
-    exec(code, scope)
-    forward = scope["forward"]
-    # Those of the annotations too.
-    used = {name: names[name] for name in (*code.co_names, *forward.__code__.co_names) if name in names}
-    attributes = {
-        "forward": forward, "_original": cls, "_source": source, "_names": used,
-        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-    }  # fmt: skip
-
-    if issubclass(cls, nn.Sequential):
-        attributes |= dict.fromkeys(("append", "extend", "insert", "pop", "__delitem__", "__iadd__"), _refuse)
-
-    def construct(_: type, *args: Any, **kwargs: Any) -> Any:
-        # The forward is that one object's. What it makes of its class, such as a slice of a Sequential, is another.
-        return cls(*args, **kwargs)
-
-    meta = type(type(cls).__name__, (type(cls),), {"__call__": construct})
-    return meta(cls.__name__, (Rewritten, cls), attributes)
-
-
-def _refuse(self: nn.Sequential, *_: Any, **__: Any) -> None:
-    raise TypeError("the forward of this Sequential is fused: add and remove layers before tn.fuse")
-
-
-def _rebuild(cls: type, source: str, names: dict[str, Any], args: list) -> nn.Module:
-    imported = {
-        name: __import__(value[0], fromlist=["_"]) if _is_import(value) else value for name, value in names.items()
-    }
-    rewritten = _rewritten(cls, source, imported)
-    return rewritten.__new__(rewritten, *args)
-
-
-def _portable(names: dict[str, Any]) -> dict[str, Any]:
-    """Python modules cannot be pickled: their names, in a tuple."""
-    return {name: (value.__name__,) if isinstance(value, ModuleType) else value for name, value in names.items()}
-
-
-def _is_import(value: Any) -> bool:
-    return type(value) is tuple and len(value) == 1 and isinstance(value[0], str)
