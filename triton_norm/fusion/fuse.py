@@ -113,7 +113,7 @@ class _Fuser:
 
     def visit(self, path: str, module: nn.Module) -> None:
         """Fuses what the forward of ``module`` connects, then inside its children."""
-        if _is_closed(module) or is_ours(module) or trace.is_layer(type(module)) or is_known(module):
+        if self.is_layer(module):
             return
         found = self.variants(module)
         is_one = not isinstance(found, trace.Untraceable) and trace.is_one(module, found)
@@ -134,6 +134,7 @@ class _Fuser:
                 self.visit(_join(path, name), child)
 
     def variants(self, module: nn.Module, again: bool = False) -> "list[Variant] | trace.Untraceable":
+        """What the forward of ``module`` does, or why nothing can be said about that."""
         if again or id(module) not in self.traced:
             try:
                 self.traced[id(module)] = trace.variants(module)
@@ -141,17 +142,21 @@ class _Fuser:
                 self.traced[id(module)] = reason
         return self.traced[id(module)]
 
+    def is_layer(self, module: nn.Module) -> bool:
+        """Whether there is nothing to look for inside."""
+        return _is_closed(module) or is_ours(module) or trace.is_layer(type(module)) or is_known(module)
+
     def by_graph(self, path: str, module: nn.Module, variant: Variant, alone: bool, counts: bool) -> None:
         """Chains that the forward of ``module`` connects in this variant. ``alone`` if it is the only one."""
         inner = dict(module.named_modules(remove_duplicate=False))
         finder = Finder(variant.graph, inner)
         for chain in finder.find(self.why_not):
-            name = _join(path, chain.norm.module or _scoped(chain.norm.node))
+            name = self.name(path, chain, inner)
             owner = self.owner(chain.parts, inner)
             if chain.stayed is not None and self.owner([chain.norm.node, chain.stayed[0]], inner) == "":
                 self.stays(name, chain, inner, counts)
             if not chain.operations:
-                self.notes.setdefault(name, followed(chain.norm.result, inner))
+                self.notes.setdefault(name, self.follower(chain, finder))
             elif owner == "" and alone and self.is_absorbable(chain, finder, path):
                 self.absorb(chain, inner)
                 self.report.operations += len(chain.operations)
@@ -163,6 +168,20 @@ class _Fuser:
                 if counts:
                     own = [n for n in chain.operations if self.owner([chain.norm.node, n], inner) == ""]
                     self.report.operations += len(own)
+
+    def name(self, path: str, chain: Chain, inner: dict[str, nn.Module]) -> str:
+        """The norm's, for the report: a module's first path, or a function's name in the module that calls it."""
+        if chain.norm.module is not None:
+            return self.path[id(inner[chain.norm.module])]
+        return _join(path, _join(chain.norm.node.meta["scope"], chain.norm.node.name))
+
+    def follower(self, chain: Chain, finder: Finder) -> str:
+        """What comes behind a norm that is alone."""
+        words = followed(chain.norm.result, finder.modules)
+        reader = next(iter(chain.norm.result.users), None)
+        if chain.stayed is not None:
+            return f"{words}: {chain.stayed[1]}"
+        return f"{words} in another norm's pass" if reader in finder.taken else words
 
     def owner(self, nodes: list[Node], inner: dict[str, nn.Module]) -> str:
         """The innermost module whose forward connects these nodes and which can be traced by itself."""
@@ -266,7 +285,7 @@ class _Fuser:
         """Fuses in the graph; whether there was anything to fuse."""
         chains = [c for c in Finder(variant.graph, inner).find(self.why_not) if c.operations]
         for chain in chains:
-            name = _join(path, chain.norm.module or _scoped(chain.norm.node))
+            name = self.name(path, chain, inner)
             self.report.fused.setdefault(name, chain.words(inner))
             replace(variant.graph, chain)
         return bool(chains)
@@ -352,24 +371,31 @@ class _Fuser:
             is_one = isinstance(module, convert.NORMS) or is_known(module)
             if not is_one or any(is_ours(m) for m in self.parents(path)):
                 continue
-            if is_ours(module) or path in self.report.fused:
-                self.swap(path, module, done)
-                if not isinstance(module, Elementwise):
-                    self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
-                continue
-            reason = self.why_left(path, module)
-            if reason is not None:
-                self.report.left[path] = reason
-                continue
-            self.swap(path, module, done)
-            act = activation_of_known(module)
-            if act is not None and is_known(module):
-                self.report.fused[path] = f"{type(module).__name__} with its {type(act).__name__}"
-                self.report.operations += 1
-            else:
-                note = self.why_alone(path, module)
-                self.report.alone[path] = type(module).__name__ + (f", {note}" if note else "")
+            is_first = id(module) not in done
+            ours = done.setdefault(id(module), self.swapped(path, module) if is_first else module)
+            if path and ours is not module:
+                parent, _, name = path.rpartition(".")
+                self.root.get_submodule(parent)._modules[name] = ours
         return done.get(id(self.root), self.root)
+
+    def swapped(self, path: str, module: nn.Module) -> nn.Module:
+        """The norm as ours, with a line in the report."""
+        if is_ours(module) and not isinstance(module, Elementwise):
+            self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
+        if is_ours(module) or path in self.report.fused:
+            return convert.to_ours(module) or module
+        reason = self.why_left(path, module)
+        if reason is not None:
+            self.report.left[path] = reason
+            return module
+        act = activation_of_known(module) if is_known(module) else None
+        if act is not None:
+            self.report.fused[path] = f"{type(module).__name__} with its {type(act).__name__}"
+            self.report.operations += 1
+        else:
+            note = self.why_alone(path, module)
+            self.report.alone[path] = type(module).__name__ + (f", {note}" if note else "")
+        return convert.to_ours(module) or module
 
     def why_left(self, path: str, module: nn.Module) -> str | None:
         if type(module) not in convert.OURS and not is_known(module):
@@ -388,12 +414,6 @@ class _Fuser:
             if parent in self.report.left:
                 return f"called by {parent or 'the model'}, which is left alone"
         return None
-
-    def swap(self, path: str, module: nn.Module, done: dict[int, nn.Module]) -> None:
-        ours = done.setdefault(id(module), convert.to_ours(module) or module)
-        if path and ours is not module:
-            parent, _, name = path.rpartition(".")
-            self.root.get_submodule(parent)._modules[name] = ours
 
     def parents(self, path: str) -> list[nn.Module]:
         if not path:
@@ -427,8 +447,3 @@ def _between(owner: str, scope: str) -> list[str]:
     names = scope.split(".") if scope else []
     start = len(owner.split(".")) if owner else 0
     return [".".join(names[: i + 1]) for i in range(start, len(names))]
-
-
-def _scoped(node: Node) -> str:
-    """A function by the module whose forward calls it."""
-    return _join(node.meta["scope"], node.name)

@@ -4,6 +4,7 @@ import inspect
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import trace
@@ -44,10 +45,10 @@ def _choice(cls: type[nn.Module], variants: list[Variant], inlined: list[str]) -
     """The forward that chooses among ``forward_0`` and so on, and ``original``."""
     arguments = trace.arguments(cls.forward)
     names = {f"_{name}": p.default for name, p in arguments.items() if p.default is not p.empty}
-    names["Tensor"] = Tensor
+    names |= {"Tensor": Tensor, "torch": torch}
     lines = [f"def forward(self, {_declared(arguments)}):"]
     for i, variant in enumerate(variants):
-        guards = [*_way_guards(variant, arguments, variants), *_mode_guards(variant, inlined)]
+        guards = [*_way_guards(variant, arguments, variants), *variant.guards, *_mode_guards(variant, inlined)]
         call = f"forward_{i}({', '.join(('self', *variant.way.tensors))})"
         lines.append(f"    if {' and '.join(guards) or 'True'}:\n        return {call}")
     lines.append(f"    return original({_passed(arguments)})")

@@ -8,6 +8,7 @@ import functools
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from ..layers.convert import is_known, is_ours
+from .decisions import RANKS, Decisions, follow, question
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -63,6 +65,32 @@ _IN_PLACE_OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "
 class _Proxy(fx.Proxy):
     """Keeps ``y += x`` in place, of which torch.fx makes ``y = y + x``."""
 
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+
+class _Attribute(fx.proxy.Attribute):
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+
+class _Argument(_Proxy):
+    """An argument of the forward, which is a tensor for whoever asks but torch.fx."""
+
+    @property
+    def __class__(self) -> type:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith((*_TRACERS, __name__)):
+            return _Argument
+        self.tracer.decisions.tensors.add(self.node.target)
+        return torch.Tensor
+
+
+#: Those that ask about proxies for their own ends.
+_TRACERS = ("torch.fx", "torch.overrides", "torch._C", "torch.utils._pytree")
+
 
 def _augmented(name: str) -> Callable:
     target = getattr(operator, name)
@@ -76,9 +104,15 @@ for _name in _IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """Notes for each node which module's forward it stands in, as ``meta["scope"]``, a path of names."""
 
-    def __init__(self, inline: Collection[nn.Module] | None, way: "Way") -> None:
+    def __init__(
+        self, inline: Collection[nn.Module] | None, way: "Way", decisions: Decisions, leaves: set[type]
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.decisions = decisions
+        #: The module whose forward cannot be traced.
+        self.failed: nn.Module | None = None
         self._way = way
+        self._leaves = leaves
         self._inline = None if inline is None else {id(m) for m in inline}
         self._scopes = [""]
 
@@ -97,6 +131,7 @@ class _Tracer(fx.Tracer):
             or is_opaque(m)
             # A subclass of one of torch's layers is a layer too.
             or is_known(m)
+            or type(m) in self._leaves
             or is_layer(type(m))
             or (self._inline is not None and id(m) not in self._inline)
         )
@@ -108,11 +143,30 @@ class _Tracer(fx.Tracer):
         self._scopes.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
         finally:
             self._scopes.pop()
 
     def proxy(self, node: Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return (_Argument if node.op == "placeholder" else _Proxy)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if type(a) is _Argument else super().create_arg(a)
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self._asked(obj, "{}", (False, True)) if question(obj.node) is not None else super().to_bool(obj)
+
+    def length(self, obj: fx.Proxy) -> int:
+        if question(obj.node) is None:
+            raise fx.proxy.TraceError("it asks for the length of what it has computed")
+        return self._asked(obj, "len({})", RANKS)
+
+    def _asked(self, obj: fx.Proxy, form: str, answers: tuple) -> Any:
+        words, names = question(obj.node)
+        self.decisions.tensors |= names
+        return self.decisions.answer(form.format(words), answers)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -128,10 +182,14 @@ class Way(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a forward does when it is called one way, in training, in evaluation or (None) in both."""
+    """What a forward does when it is called one way, in training, in evaluation or (None) in both.
+
+    ``guards`` are expressions of the arguments that hold then.
+    """
 
     way: Way
     training: bool | None
+    guards: tuple[str, ...]
     graph: fx.Graph
 
 
@@ -173,20 +231,16 @@ def arguments(forward: Callable) -> dict[str, inspect.Parameter]:
 def variants(module: nn.Module, inline: Collection[nn.Module] | None = None) -> list[Variant]:
     """What ``module``'s forward does, through every inner forward or only those of ``inline``.
 
-    Raises ``Untraceable`` if none of the ways of calling it can be traced, for the first one's reason.
+    Inner forwards that cannot be traced are calls of their modules. Raises ``Untraceable`` if none of the ways of
+    calling it can be traced, for the first one's reason.
     """
     found: list[Variant] = []
     reason: Untraceable | None = None
     for way in ways(module):
         try:
-            graphs = _trace(module, inline, way)
+            found += _trace(module, inline, way)
         except Untraceable as error:
             reason = reason or error
-            continue
-        texts = {training: _text(graph) for training, graph in graphs.items()}
-        if len(graphs) == 2 and texts[True] == texts[False]:
-            graphs = {None: graphs[True]}
-        found += [Variant(way, training, graph) for training, graph in graphs.items()]
     if not found:
         raise reason or Untraceable("it has no forward")
     return found
@@ -198,24 +252,52 @@ def is_one(module: nn.Module, found: list[Variant]) -> bool:
         p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         for p in arguments(type(module).forward).values()
     )
-    return len(found) == 1 and found[0].training is None and not has_more
+    return len(found) == 1 and found[0].training is None and not found[0].guards and not has_more
 
 
-def _trace(module: nn.Module, inline: Collection[nn.Module] | None, way: Way) -> dict[bool, fx.Graph]:
-    """The graphs of training and of evaluation, of one of them alone where the other cannot be traced."""
-    graphs, reasons = {}, []
+def _trace(module: nn.Module, inline: Collection[nn.Module] | None, way: Way) -> list[Variant]:
+    """One way of calling the forward, in training and in evaluation; those that can be traced."""
+    found: dict[bool, dict[tuple[str, ...], fx.Graph]] = {True: {}, False: {}}
+    reasons = []
+    leaves: set[type] = set()
     with _restored(module) as check:
+
+        def graph_of(decisions: Decisions) -> fx.Graph | None:
+            while True:
+                tracer = _Tracer(inline, way, decisions, leaves)
+                try:
+                    return tracer.trace(module)
+                except Exception as error:
+                    if tracer.failed is None or type(tracer.failed) in leaves:
+                        reasons.append(error)
+                        return None
+                    leaves.add(type(tracer.failed))
+                    decisions.forget()
+
         for training in (True, False):
             for m in _python_modules(module):
                 m.__dict__["training"] = training
-            try:
-                graphs[training] = _Tracer(inline, way).trace(module)
-            except Exception as error:
-                reasons.append(error)
+            for decisions, graph in follow(graph_of):
+                if graph is not None:
+                    _without_questions(graph)
+                    found[training][decisions.guards()] = graph
         check()
-    if not graphs:
+    if not (found[True] or found[False]):
         raise Untraceable(f"torch.fx cannot trace it: {_first_line(reasons[0])}") from reasons[0]
-    return graphs
+    made = []
+    for guards in {**found[True], **found[False]}:
+        graphs = {training: found[training][guards] for training in (True, False) if guards in found[training]}
+        if len(graphs) == 2 and _text(graphs[True]) == _text(graphs[False]):
+            graphs = {None: graphs[True]}
+        made += [Variant(way, training, guards, graph) for training, graph in graphs.items()]
+    return made
+
+
+def _without_questions(graph: fx.Graph) -> None:
+    """Without the nodes that only a question about shapes reads."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op.startswith("call") and question(node) is not None:
+            graph.erase_node(node)
 
 
 def _python_modules(module: nn.Module) -> list[nn.Module]:
@@ -258,6 +340,8 @@ def _restored(module: nn.Module) -> Iterator[Callable[[], None]]:
             m.__dict__.update(attributes)
             for name, content in containers.items():
                 container = attributes[name]
+                if _same(container, content):
+                    continue
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
 
