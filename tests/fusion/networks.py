@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 
 class Network(NamedTuple):
-    """``make()`` after ``packages`` are known to be there; ``inputs`` are its forward's, ``result`` its tensor."""
+    """``make()`` once ``package`` is there, the arguments of its forward, and the tensor of what that returns."""
 
-    packages: tuple[str, ...]
+    package: str
     make: Callable[[], nn.Module]
     inputs: dict[str, Any]
-    result: Callable[[Any], Tensor] = lambda output: output
     #: How many operations stand behind its norms.
-    operations: int = 0
+    operations: int
+    result: Callable[[Any], Tensor] = lambda output: output
+    #: Relative.
+    tolerance: float = 1e-7
 
 
 def image(*shape: int) -> Tensor:
@@ -59,7 +61,8 @@ def unet2d_scale_shift() -> nn.Module:
 
     return UNet2DModel(
         sample_size=16, in_channels=3, out_channels=3, layers_per_block=1, block_out_channels=(8, 16),
-        down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D"),
+        down_block_types=("ResnetDownsampleBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "ResnetUpsampleBlock2D"),
         norm_num_groups=4, attention_head_dim=4, resnet_time_scale_shift="scale_shift",
     )  # fmt: skip
 
@@ -112,20 +115,27 @@ def resenc() -> nn.Module:
     )  # fmt: skip
 
 
-X = {"x": image(2, 3, 32, 32)}
+def sample(output: Any) -> Tensor:
+    return output.sample
+
+
+X = {"x": image(2, 3, 64, 64)}
 GREY = {"x": image(2, 1, 32, 32)}
 DIFFUSION = {"sample": image(1, 3, 16, 16), "timestep": torch.tensor([7])}
+LATENT = {"sample": image(1, 3, 16, 16)}
+TOKENS = {"input_ids": torch.arange(12).reshape(2, 6)}
 
 NETWORKS = {
-    "diffusers UNet2DModel": Network(("diffusers",), unet2d, DIFFUSION, lambda y: y.sample),
-    "diffusers UNet2DModel, scale and shift": Network(("diffusers",), unet2d_scale_shift, DIFFUSION, lambda y: y.sample),
-    "diffusers AutoencoderKL": Network(("diffusers",), autoencoder, {"sample": image(1, 3, 16, 16)}, lambda y: y.sample),
-    "timm resnet50": Network(("timm",), lambda: timm("resnet50", num_classes=5), X),
-    "timm efficientnet_b0": Network(("timm",), lambda: timm("efficientnet_b0", num_classes=5), X),
-    "timm convnext_tiny": Network(("timm",), lambda: timm("convnext_tiny", num_classes=5), X),
-    "MONAI UNet": Network(("monai",), monai_unet, GREY),
-    "MONAI BasicUNet": Network(("monai",), basic_unet, GREY),
-    "HF Llama": Network(("transformers",), llama, {"input_ids": torch.arange(12).reshape(2, 6)}, lambda y: y.logits),
-    "nnU-Net": Network(("dynamic_network_architectures",), nnunet, GREY),
-    "nnU-Net ResEnc": Network(("dynamic_network_architectures",), resenc, GREY),
+    "diffusers UNet2DModel": Network("diffusers", unet2d, DIFFUSION, 17, sample),
+    "diffusers UNet2DModel, scale and shift": Network("diffusers", unet2d_scale_shift, DIFFUSION, 37, sample),
+    "diffusers AutoencoderKL": Network("diffusers", autoencoder, LATENT, 22, sample),
+    "timm resnet50": Network("timm", lambda: timm("resnet50", num_classes=5), X, 65),
+    "timm efficientnet_b0": Network("timm", lambda: timm("efficientnet_b0", num_classes=5), X, 42),
+    "timm convnext_tiny": Network("timm", lambda: timm("convnext_tiny", num_classes=5, dims=(4, 8, 16, 32)), X, 0),
+    "MONAI UNet": Network("monai", monai_unet, GREY, 9),
+    "MONAI BasicUNet": Network("monai", basic_unet, GREY, 18),
+    # Its own norm computes in float32, whatever the input.
+    "HF Llama": Network("transformers", llama, TOKENS, 0, lambda output: output.logits, 1e-4),
+    "nnU-Net": Network("dynamic_network_architectures", nnunet, GREY, 10),
+    "nnU-Net ResEnc": Network("dynamic_network_architectures", resenc, GREY, 18),
 }

@@ -1,7 +1,9 @@
 """``fuse``: the same numbers, the same state, fewer operations; and what it keeps its hands off."""
 
+import collections
 import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -375,6 +377,83 @@ def test_an_argument_that_is_none():
     fused_like(Block(), normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=4))
     model = Apply(lambda m, x: m.block(x, None), block=Block())
     assert tn.fuse_report(fused_like(model, normal(2, 4, 5, 6))).fused == {"block.norm": "GroupNorm + relu"}
+
+
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As diffusers and transformers return them."""
+
+    sample: torch.Tensor
+    other: None = None
+
+    def __post_init__(self):
+        self["sample"] = self.sample
+
+
+class Odd(dict):
+    pass
+
+
+@pytest.mark.parametrize("make", [Output, lambda y: collections.OrderedDict(sample=y), lambda y: Odd(sample=y)])
+def test_what_a_forward_returns_keeps_its_class(make):
+    model = twins.randomize(Apply(lambda m, x: make(F.relu(m.norm(x))), norm=nn.BatchNorm2d(4)))
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    y, want = fused(x), model(x)
+    assert type(y) is type(want)
+    assert list(y) == ["sample"]
+    torch.testing.assert_close(y["sample"], want["sample"])
+    assert ("norm" in tn.fuse_report(fused).fused) == (type(want) is not Odd)
+
+
+class Asks(nn.Module):
+    """Forwards that depend on their arguments' types and shapes."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.norm, self.act, self.question = nn.GroupNorm(2, 4), nn.SiLU(), question
+
+    def forward(self, x, t):
+        y = self.norm(x)
+        return (self.act(y) if self.question(x, t) else torch.tanh(y)) * t
+
+
+QUESTIONS = {
+    "size": lambda x, t: x.shape[0] > 2,
+    "remainder": lambda x, t: x.size(-1) % 3 == 0 and x.shape[-2] == 5,
+    "rank": lambda x, t: t.dim() == 0,
+    "length": lambda x, t: len(t.shape) == 1,
+    "dtype": lambda x, t: x.dtype == torch.float64,
+    "device": lambda x, t: x.device.type == "cpu",
+    "type": lambda x, t: isinstance(t, torch.Tensor),
+    "is_tensor": lambda x, t: not torch.is_tensor(t),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_about_arguments(name):
+    """Every answer is fused, and the answer at the call counts."""
+    model = twins.randomize(Asks(QUESTIONS[name])).eval()
+    fused = tn.fuse(model)
+    assert tn.fuse_report(fused).left == {}
+    assert "+" in tn.fuse_report(fused).fused["norm"]
+    for x in (normal(2, 4, 5, 6), normal(3, 4, 5, 6), normal(2, 4, 4, 7), normal(2, 4, 5)):
+        for t in (torch.tensor(3.0), torch.tensor([3.0]), torch.full((1, 1), 2.0), 3.0):
+            with contextlib.suppress(AttributeError):
+                want = model(x, t)
+                torch.testing.assert_close(fused(x, t), want)
+
+
+def test_questions_about_what_was_computed():
+    """Of these a trace knows nothing: the inner forward is called as it is, and what is around it is fused."""
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x[:, :, ::2] if x.shape[2] > 4 else x
+
+    model = Apply(lambda m, x: F.relu(m.norm(m.inner(m.conv(x)))), norm=nn.BatchNorm2d(4), inner=Inner(),
+                  conv=nn.Conv2d(4, 4, 1))  # fmt: skip
+    for height in (3, 5):
+        fused = fused_like(model, normal(2, 4, height, 6))
+    assert tn.fuse_report(fused).fused == {"norm": "BatchNorm2d + relu"}
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])

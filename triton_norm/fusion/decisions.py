@@ -97,10 +97,12 @@ def _words(value: Any, names: set[str]) -> str | None:
     if value.op != "call_function":
         return None
     if value.target is getattr:
-        if not is_argument or value.args[1] not in _ATTRIBUTES:
-            return None
-        names.add(of.target)
-        return f"{of.target}.{value.args[1]}"
+        name = value.args[1]
+        if is_argument and name in _ATTRIBUTES:
+            names.add(of.target)
+            return f"{of.target}.{name}"
+        within = _words(of, names) if name in ("type", "index") else None
+        return None if within is None else f"{within}.{name}"
     parts = [_words(part, names) for part in value.args]
     if None in parts or len(parts) != 2:
         return None

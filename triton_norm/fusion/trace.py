@@ -4,6 +4,8 @@ A forward is only trusted when traces say all of it: one of each way to call it,
 draw no random numbers, and leave the module's attributes as they were.
 """
 
+import collections
+import dataclasses
 import functools
 import inspect
 import operator
@@ -88,6 +90,7 @@ class _Argument(_Proxy):
         return torch.Tensor
 
 
+_PLAIN = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
 #: Those that ask about proxies for their own ends.
 _TRACERS = ("torch.fx", "torch.overrides", "torch._C", "torch.utils._pytree")
 
@@ -153,7 +156,20 @@ class _Tracer(fx.Tracer):
         return (_Argument if node.op == "placeholder" else _Proxy)(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        return a.node if type(a) is _Argument else super().create_arg(a)
+        if type(a) is _Argument:
+            return a.node
+        if isinstance(a, (dict, list)) and type(a) not in _PLAIN:
+            return self._made_again(a)
+        return super().create_arg(a)
+
+    def _made_again(self, a: dict | list) -> Node:
+        """A result of a class of its own, of which torch.fx would keep the elements alone."""
+        if not (dataclasses.is_dataclass(a) or type(a) is collections.OrderedDict):
+            raise fx.proxy.TraceError(f"it makes a {type(a).__name__}")
+        if dataclasses.is_dataclass(a):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in fields.items()})
+        return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         return self._asked(obj, "{}", (False, True)) if question(obj.node) is not None else super().to_bool(obj)
