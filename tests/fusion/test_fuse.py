@@ -548,6 +548,205 @@ def test_modulation_is_one_launch(monkeypatch):
     assert len(count.launches) == 1
 
 
+class Residual(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.body = nn.Sequential(*conv(nn.InstanceNorm2d, channels), nn.ReLU(), *conv(nn.InstanceNorm2d, channels))
+
+    def forward(self, x):
+        return self.body(x) + x
+
+
+def test_a_block_within_what_another_forward_takes_in():
+    """The outer forward pads what the last block adds; the first block's sum is its own forward's."""
+    model = nn.Sequential(nn.Sequential(Residual(), Residual()), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3))
+    report = tn.fuse_report(fused_like(model, normal(2, 4, 5, 6)))
+    assert report.fused == {
+        "0.0.body.1": "InstanceNorm2d + ReLU", "0.0.body.4": "InstanceNorm2d + add",
+        "0.1.body.1": "InstanceNorm2d + ReLU", "0.1.body.4": "InstanceNorm2d + add + ReflectionPad2d",
+    }  # fmt: skip
+    assert (report.operations, report.remaining, report.alone) == (5, 0, {})
+
+
+class Encoder(nn.Module):
+    """CUT's generator: features from within, or the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(*conv(nn.InstanceNorm2d), nn.ReLU(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3),
+                                   Residual(), Residual(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3))  # fmt: skip
+
+    def forward(self, x, layers=()):
+        features = []
+        for i, layer in enumerate(self.model if layers else ()):
+            x = layer(x)
+            if i in layers:
+                features.append(x)
+        return features or self.model(x)
+
+
+def test_layers_that_are_called_one_by_one():
+    """What comes out of each is what came out before, and blocks are fused there too."""
+    model = twins.randomize(Encoder())
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(fused(x, range(9)), model(x, range(9)))
+    report = tn.fuse_report(fused)
+    assert report.remaining == 0
+    assert {"model.5", "model.6", "model"} <= set(report.rewritten)
+    assert report.fused["model.6.body.4"] == "InstanceNorm2d + add + ReflectionPad2d"
+
+
+class Twice(nn.Module):
+    """nnU-Net's block: its layers are attributes, and in a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(nn.InstanceNorm2d)
+        self.act = nn.LeakyReLU(inplace=True)
+        self.all = nn.Sequential(self.conv, self.norm, self.act)
+
+    def forward(self, x):
+        return self.all(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_layers_that_two_paths_lead_to(strict):
+    """Counted once, and exported."""
+    model = nn.Sequential(Twice(), nn.Sequential(nn.GroupNorm(2, 4), nn.Hardtanh(-0.5, 0.5)))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    report = tn.fuse_report(fused)
+    assert report.fused == {"0.norm": "InstanceNorm2d + LeakyReLU", "1.0": "GroupNorm + Hardtanh"}
+    assert (report.alone, report.operations) == ({}, 2)
+    x = normal(2, 4, 5, 6)
+    exported = torch.export.export(fused.eval(), (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), fused(x))
+
+
+def test_why_a_norm_is_alone():
+    """The reason stands with the module that calls it, and says which that is."""
+    def forward(m, x):
+        return F.relu(m.norm(x)) if x.sum() < 1e9 else x
+
+    model = nn.Sequential(Apply(forward, norm=nn.GroupNorm(2, 4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    report = tn.fuse_report(tn.fuse(model))
+    assert "control flow" in report.left["0"]
+    assert report.alone == {"0.norm": "GroupNorm, called by 0, which is left alone",
+                            "2": "BatchNorm2d, nothing follows"}  # fmt: skip
+
+
+STAYS = {
+    "read twice": (lambda m, x: (lambda y: F.silu(y) + y)(m.norm(x)), "silu", "2 places"),
+    "a number": (lambda m, x: m.norm(x) + 1, "add", "not another tensor"),
+    "into the other": (lambda m, x: x.mul(2).add_(m.norm(x)), "add_", "other addend"),
+    "value": (lambda m, x: F.pad(m.norm(x), (1, 1, 1, 1), value=2.0), "pad", "another value"),
+    "crop": (lambda m, x: F.pad(m.norm(x), (1, -1, 1, 1)), "pad", "crops"),
+    "twice": (lambda m, x: m.norm(F.relu(m.norm(x))), "relu", "more than once"),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_stays_is_named(name):
+    forward, operation, reason = STAYS[name]
+    report = tn.fuse_report(fused_like(Apply(forward, norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6), steps=1))
+    assert report.stayed["norm"].startswith(f"{operation}: ")
+    assert reason in report.stayed["norm"]
+    assert (report.operations, report.remaining) == (1, 1)
+    assert str(report).splitlines()[-1] == "Operations behind norms: 1 before, 1 now."
+
+
+# Norms of other packages
+
+
+def known(module, name, *bases, **names):
+    """A class as another package has it."""
+    return type(name, bases, {"__module__": module, "__qualname__": name, **names})
+
+
+def _act_after(base):
+    def forward(self, x):
+        return self.act(self.drop(base.forward(self, x)))
+
+    return forward
+
+
+def _with_act(module, name, base, act, *arguments, drop=None):
+    norm = known(module, name, base, forward=_act_after(base))(*arguments)
+    norm.drop, norm.act = drop or nn.Identity(), act
+    return norm
+
+
+class _Llama(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def _channels_first(self, x):
+    return F.layer_norm(x.permute(0, 2, 3, 1), (4,), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+KNOWN = {
+    "BatchNormAct2d": lambda: _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.SiLU(True), 4),
+    "BatchNormAct2d, PReLU": lambda: _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.PReLU(), 4),
+    "GroupNormAct": lambda: _with_act("timm.layers.norm_act", "GroupNormAct", nn.GroupNorm, nn.ReLU(), 2, 4),
+    "LayerNorm2d": lambda: known("timm.layers.norm", "LayerNorm2d", nn.LayerNorm, forward=_channels_first)(4),
+    "torchvision": lambda: known("torchvision.models.convnext", "LayerNorm2d", nn.LayerNorm,
+                                 forward=_channels_first)(4),
+    "RMS": lambda: known("transformers.models.llama.modeling_llama", "LlamaRMSNorm", _Llama)(6),
+    "ConvNext": lambda: known("transformers.models.convnext.modeling_convnext", "ConvNextLayerNorm", nn.LayerNorm,
+                              forward=_channels_first, data_format="channels_first")(4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_norms(name):
+    """They are instances of their own class and of ours, keep their keys, and take in what comes behind them."""
+    norm = KNOWN[name]()
+    has_act = hasattr(norm, "act")
+    model = Apply(lambda m, x: F.relu(m.norm(m.conv(x)) + x) if not has_act else m.norm(m.conv(x)) + x,
+                  norm=norm, conv=nn.Conv2d(4, 4, 1))  # fmt: skip
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert isinstance(fused.norm, type(norm))
+    assert any(c.__module__.startswith("triton_norm") for c in type(fused.norm).__mro__)
+    report = tn.fuse_report(fused)
+    assert report.remaining == 0
+    if has_act:
+        assert report.fused == {"norm": f"{type(norm).__name__} with its {type(norm.act).__name__}"}
+    else:
+        assert report.fused == {"norm": f"{type(norm).__name__} + add + relu"}
+    other = copy.deepcopy(fused)
+    torch.testing.assert_close(other.eval()(normal(2, 4, 5, 6)), fused.eval()(normal(2, 4, 5, 6)))
+    assert type(other.norm) is type(fused.norm)
+
+
+def test_known_norms_that_do_something_else():
+    """A dropout of their own, another kernel, an activation that is not torch's: left alone, and right."""
+    class Odd(nn.ReLU):
+        pass
+
+    dropping = _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.ReLU(), 4, drop=nn.Dropout(0.5))
+    odd = _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, Odd(), 4)
+    fast = KNOWN["LayerNorm2d"]()
+    fast._fast_norm = True
+    report = tn.fuse_report(fused_like(nn.Sequential(dropping, odd, fast), normal(2, 4, 5, 6)))
+    assert set(report.left) == {"0", "1", "2"}
+
+
+def test_dtype_of_known_rms_norms():
+    """Half-precision input and float32 weight give float32; under autocast too."""
+    norm = KNOWN["RMS"]()
+    model = nn.Sequential(norm)
+    fused, x = tn.fuse(model), normal(2, 4, 6).bfloat16()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert fused(x).dtype == model(x).dtype == torch.float32
+            torch.testing.assert_close(fused(x), model(x), atol=0.02, rtol=0.02)
+
+
 # Kept correct, or left alone
 
 
@@ -1048,6 +1247,13 @@ def test_inference_refuses_training_mode():
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first") as error:
         tn.fuse(nn.Sequential(*conv()), inference=True)
     assert "\n" not in str(error.value)
+
+
+def test_inference_asks_batch_norms_alone():
+    """Layers of other packages come out of ``deepcopy`` in training mode."""
+    model = nn.Sequential(*conv(), nn.ReLU(), nn.Linear(6, 6)).eval()
+    model[3].train()
+    assert tn.fuse_report(tn.fuse(model, inference=True)).folded == {"0": "BatchNorm2d 1"}
 
 
 def test_inference_leaves_what_it_cannot_fold():

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..activations import ACTIVATIONS, Resolved
+from ..activations import ACTIVATIONS, Resolved, resolve
 from ..layers import convert
 from ..layers.base import parameters_of
 from ..layers.convert import is_ours
@@ -45,7 +45,9 @@ def _call_module(graph: fx.Graph, chain: Chain) -> fx.Node:
     if found is not None and found.module is not None:
         activation = graph.get_attr(found.module)
     elif found is not None:
-        activation = graph.call_function(made_activation, (found.cls, found.numbers))
+        name, numbers, _ = found.resolved()
+        is_default = resolve(name).parameters == numbers
+        activation = name if is_default else graph.call_function(made_activation, (found.cls, found.numbers))
     padding, mode = chain.padding or (0, "reflect")
     args = (norm, chain.norm.x, chain.residual, activation, padding, mode, chain.pair, _is_in_place(chain))
     more = {}
@@ -73,12 +75,14 @@ def _is_in_place(chain: Chain) -> bool:
     return chain.residual is not None and chain.add.target in (operator.iadd, "add_")
 
 
+#: What an activation is said by.
+_SETTINGS = {str, *(row.module for row in ACTIVATIONS.values() if row.module is not None)}
 #: What a normalized tensor is multiplied with, what is added to that, and whether the factor is one more.
 Modulation = tuple[Tensor, Tensor | None, bool]
 
 
 def call(
-    norm: nn.Module, x: Tensor, residual: Any, activation: None | nn.Module, padding: Any, padding_mode: str,
+    norm: nn.Module, x: Tensor, residual: Any, activation: None | str | nn.Module, padding: Any, padding_mode: str,
     return_unpadded: bool, in_place: bool, dropouts: tuple[tuple[nn.Module, ...], ...] = ((), ()),
     modulation: Modulation | None = None,
 ) -> Any:  # fmt: skip
@@ -87,6 +91,9 @@ def call(
     ``dropouts`` are those before the sum and those behind it: while one is at work, all goes one after the other.
     """
     rest = padding, padding_mode, return_unpadded
+    if activation is not None and type(activation) not in _SETTINGS:
+        # torch.export stands a module of a class of its own before one that two paths lead to.
+        activation = activation.get_base() if hasattr(activation, "get_base") else activation
     if not any(is_active(layer) for layers in dropouts for layer in layers):
         if modulation is not None:
             affine = affined(x, *parameters_of(norm), *modulation)

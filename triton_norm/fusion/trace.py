@@ -6,6 +6,7 @@ draw no random numbers, and leave the module's attributes as they were.
 
 import collections
 import dataclasses
+import dis
 import functools
 import inspect
 import operator
@@ -242,6 +243,12 @@ def arguments(forward: Callable) -> dict[str, inspect.Parameter]:
     if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in list(own.values())[1:]):
         own = inspect.signature(forward).parameters
     return dict(list(own.items())[1:])
+
+
+def iterates(module: nn.Module) -> bool:
+    """Whether the forward has a loop, in which it may call what is in a child, one after the other."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any(i.opname == "GET_ITER" for i in dis.get_instructions(code))
 
 
 def variants(module: nn.Module, inline: Collection[nn.Module] | None = None) -> list[Variant]:
