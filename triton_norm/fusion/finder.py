@@ -1,12 +1,11 @@
 """Finds norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph, of modules or of functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx, nn
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..layers import convert
 from ..layers.convert import dims_of, takes_padding
@@ -237,7 +236,7 @@ class Finder:
             return None
         if r is None:
             return "what is added is not another tensor"
-        if r.dim() != x.dim() or not all(_equal(r, x)):
+        if r.dim() != x.dim() or not all(_equal(r.shape, x.shape)):
             return f"it adds a tensor of shape {tuple(r.shape)} to one of {tuple(x.shape)}"
         fits = r.dtype in (x.dtype, y.dtype) and torch.promote_types(r.dtype, y.dtype) == y.dtype
         if r.device != x.device or not fits:
@@ -276,8 +275,8 @@ class Finder:
         x, p = example(chain.norm.x), example(p)
         if x is None or p is None or p.dim() != x.dim() or p.dtype != x.dtype or p.device != x.device:
             return None
-        equal = _equal(p, x)
-        single = [statically_known_true(a == 1) for a in p.shape]
+        equal = _equal(p.shape, x.shape)
+        single = _equal(p.shape, (1,) * p.dim())
         if all(equal):
             return "element"
         if not (equal[1] and all(single[2:])):
@@ -372,6 +371,8 @@ def _storage(t: torch.Tensor | None) -> int | None:
     return None if t is None or t.layout != torch.strided else t.untyped_storage()._cdata
 
 
-def _equal(a: torch.Tensor, b: torch.Tensor) -> list[bool]:
+def _equal(a: Sequence[int], b: Sequence[int]) -> list[bool]:
     """For each dim whether the sizes are surely equal."""
-    return [statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True)]
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # only now: it takes its time
+
+    return [statically_known_true(m == n) for m, n in zip(a, b, strict=True)]

@@ -1,21 +1,18 @@
 """``fuse``: the norms of a model that exists, with what follows them, replaced by this package's."""
 
 import copy
-from collections import Counter
 from types import MethodType
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
-from torch.fx import Graph, Node
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.fx import Node
 
 from ..layers import convert
 from ..layers.blocks import ConvNormAct
-from ..layers.convert import Elementwise, is_known, is_norm, is_ours
-from ..layers.known import activation_of_known
+from ..layers.convert import is_known, is_norm, is_ours
 from . import backend, trace
 from .chains import replace
+from .exchange import BATCH_NORMS, Exchange, is_closed
 from .finder import Chain, Finder
 from .meaning import described, followed
 from .report import FuseReport
@@ -25,11 +22,6 @@ from .trace import Variant
 __all__ = ["FuseReport", "fuse", "fuse_report"]
 
 T = TypeVar("T", bound=nn.Module)
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_BATCH_NORMS = tuple(
-    t for t in (*convert.OURS, *convert.OURS.values()) if issubclass(t, nn.modules.batchnorm._BatchNorm)
-)
 
 
 def fuse(model: T, inference: bool = False, *, inplace: bool = False) -> T:
@@ -107,15 +99,12 @@ def _shared_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class _Fuser:
+class _Fuser(Exchange):
+    """Finds what can be fused, from the outside in."""
+
     def __init__(self, root: nn.Module, inference: bool) -> None:
-        self.root = root
+        super().__init__(root)
         self.inference = inference
-        self.report = FuseReport()
-        self.path = {id(m): path for path, m in root.named_modules()}
-        self.places = Counter(id(m) for _, m in root.named_modules(remove_duplicate=False))
-        #: Why a norm is alone, as found on the way.
-        self.notes: dict[str, str] = {}
         #: Modules that get another forward, from the outside in, with the paths of the inner ones that become part.
         self.owners: dict[str, set[str]] = {}
         #: Modules whose children somebody may call one by one.
@@ -123,8 +112,6 @@ class _Fuser:
         #: Norms that these forwards call, which must stay as they are.
         self.claimed: set[int] = set()
         self.traced: dict[int, list[Variant] | trace.Untraceable] = {}
-        #: Modules that are no longer there, whose ids are keys.
-        self.kept: list[nn.Module] = []
 
     def visit(self, path: str, module: nn.Module) -> None:
         """Fuses what the forward of ``module`` connects, then inside its children."""
@@ -161,7 +148,7 @@ class _Fuser:
 
     def is_layer(self, module: nn.Module) -> bool:
         """Whether there is nothing to look for inside."""
-        return _is_closed(module) or is_ours(module) or trace.is_layer(type(module)) or is_known(module)
+        return is_closed(module) or is_ours(module) or trace.is_layer(type(module)) or is_known(module)
 
     def by_graph(self, path: str, module: nn.Module, variant: Variant, alone: bool, counts: bool) -> None:
         """Chains that the forward of ``module`` connects in this variant. ``alone`` if it is the only one."""
@@ -212,13 +199,6 @@ class _Fuser:
         self.report.stayed.setdefault(name, f"{described(node, inner)}: {reason}")
         self.report.operations += counts
 
-    def why_not(self, norm: nn.Module) -> str | None:
-        if trace.is_hooked(norm):
-            return "it has hooks"
-        if trace.is_foreign(norm):
-            return "its forward is not its class's"
-        return None
-
     def is_absorbable(self, chain: Chain, finder: Finder) -> bool:
         """Whether the norm's own settings can say it, whoever calls the modules."""
         if not chain.only_modules or chain.gate is not None:
@@ -255,17 +235,6 @@ class _Fuser:
         self.put(layers[0], norm)
         for layer in layers[1:]:
             self.put(layer, nn.Identity().train(layer.training))
-
-    def put(self, old: nn.Module, new: nn.Module) -> None:
-        """``new`` where ``old`` was."""
-        path = self.path[id(old)]
-        if old is new:
-            return
-        parent, _, name = path.rpartition(".")
-        self.root.get_submodule(parent)._modules[name] = new
-        self.path[id(new)] = path
-        self.places[id(new)] = self.places[id(old)]
-        self.kept.append(old)
 
     def rewrite(self) -> None:
         """Another forward for every owner, through the forwards of those within that become part of it."""
@@ -311,7 +280,7 @@ class _Fuser:
         """Runs in a Sequential that is called as a whole."""
         children = list(layers)
         for i, layer in enumerate(children):
-            if self.inference and i and type(layer) in _BATCH_NORMS:
+            if self.inference and i and type(layer) in BATCH_NORMS:
                 self.fold_pair(children[i - 1], layer)
         children = [*layers, None]
         for i, norm in enumerate(children[:-1]):
@@ -335,113 +304,6 @@ class _Fuser:
             if len(run) > 1:
                 self.take_in(run, activation, padding, " + ".join(type(layer).__name__ for layer in run))
                 self.report.operations += len(run) - 1
-
-    def is_alone(self, module: nn.Module) -> bool:
-        return self.places[id(module)] == 1 and not trace.is_opaque(module)
-
-    # Inference
-
-    def fold(self, module: nn.Module, graph: Graph) -> bool:
-        """Folds what ``graph`` shows to be a batch norm of nothing but a convolution; whether there was any."""
-        inner = dict(module.named_modules(remove_duplicate=False))
-        calls = Counter(id(inner[node.target]) for node in graph.nodes if node.op == "call_module")
-        found = False
-        for node in graph.nodes:
-            source = node.args[0] if node.args else None
-            if (
-                node.op == "call_module"
-                and isinstance(source, Node)
-                and source.op == "call_module"
-                and list(source.users) == [node]
-                and calls[id(inner[node.target])] == calls[id(inner[source.target])] == 1
-            ):
-                found = self.fold_pair(inner[source.target], inner[node.target]) or found
-        return found
-
-    def fold_pair(self, conv: nn.Module, norm: nn.Module) -> bool:
-        transposed = isinstance(conv, nn.modules.conv._ConvTransposeNd)
-        if (
-            type(conv) not in _CONVOLUTIONS
-            or type(norm) not in _BATCH_NORMS
-            or norm.running_mean is None
-            or norm.running_var is None
-            # torch's folding of transposed convolutions knows no groups.
-            or (transposed and conv.groups > 1)
-            or not (self.is_alone(conv) and self.is_alone(norm))
-        ):
-            return False
-        self.report.folded[self.path[id(conv)]] = f"{type(norm).__name__} {self.path[id(norm)]}"
-        rest = Elementwise(
-            norm.num_features, len(conv.kernel_size), getattr(norm, "activation", None), getattr(norm, "padding", 0),
-            getattr(norm, "padding_mode", "reflect"),
-        )  # fmt: skip
-        self.put(conv, fuse_conv_bn_eval(conv, norm, transposed))
-        self.put(norm, rest.to(conv.weight).eval())
-        return True
-
-    # The norms that are left
-
-    def swap_norms(self) -> nn.Module:
-        """Every other norm becomes ours; returns the root, which may be one."""
-        done: dict[int, nn.Module] = {}
-        for path, module in list(self.root.named_modules(remove_duplicate=False)):
-            is_one = isinstance(module, convert.NORMS) or is_known(module)
-            if not is_one or any(is_ours(m) for m in self.parents(path)):
-                continue
-            is_first = id(module) not in done
-            ours = done.setdefault(id(module), self.swapped(path, module) if is_first else module)
-            if path and ours is not module:
-                parent, _, name = path.rpartition(".")
-                self.root.get_submodule(parent)._modules[name] = ours
-        return done.get(id(self.root), self.root)
-
-    def swapped(self, path: str, module: nn.Module) -> nn.Module:
-        """The norm as ours, with a line in the report."""
-        if is_ours(module) and not isinstance(module, Elementwise):
-            self.report.fused.setdefault(path, f"{type(module).__name__}, this package's already")
-        if is_ours(module) or path in self.report.fused:
-            return convert.to_ours(module) or module
-        reason = self.why_left(path, module)
-        if reason is not None:
-            self.report.left[path] = reason
-            return module
-        act = activation_of_known(module) if is_known(module) else None
-        if act is not None:
-            self.report.fused[path] = f"{type(module).__name__} with its {type(act).__name__}"
-            self.report.operations += 1
-        else:
-            note = self.why_alone(path, module)
-            self.report.alone[path] = type(module).__name__ + (f", {note}" if note else "")
-        return convert.to_ours(module) or module
-
-    def why_left(self, path: str, module: nn.Module) -> str | None:
-        if type(module) not in convert.OURS and not is_known(module):
-            return f"{type(module).__name__} is no norm of torch.nn that this package fuses"
-        if any(_is_closed(m) for m in self.parents(path)):
-            return "it is part of a module that is left alone"
-        return self.why_not(module)
-
-    def why_alone(self, path: str, module: nn.Module) -> str | None:
-        if self.places[id(module)] > 1:
-            return "shared between several places"
-        if path in self.notes:
-            return self.notes[path]
-        names = path.split(".")[:-1]
-        for parent in (".".join(names[:i]) for i in range(len(names), -1, -1)):
-            if parent in self.report.left:
-                return f"called by {parent or 'the model'}, which is left alone"
-        return None
-
-    def parents(self, path: str) -> list[nn.Module]:
-        if not path:
-            return []
-        names = path.split(".")[:-1]
-        return [self.root.get_submodule(".".join(names[:i])) for i in range(len(names) + 1)]
-
-
-def _is_closed(module: nn.Module) -> bool:
-    """Whether the module's children are none of our business: scripted or quantized."""
-    return isinstance(module, torch.jit.ScriptModule) or type(module).__module__.startswith(("torch.ao", "torch.jit"))
 
 
 def _join(path: str, name: str) -> str:
