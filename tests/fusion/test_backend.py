@@ -357,12 +357,11 @@ def test_the_kernels(monkeypatch):
 
 
 def test_inductor():
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4), nn.ReLU(), nn.ReflectionPad2d(1))
-    twins.randomize(model).eval()
+    model = twins.randomize(nn.Sequential(nn.InstanceNorm2d(3, affine=True), nn.ReLU(), nn.ReflectionPad2d(1))).eval()
     step = torch.compile(model, backend="triton_norm", mode="reduce-overhead")
     with torch.no_grad():
         torch.testing.assert_close(step(normal(2, 3, 6, 5)), model(normal(2, 3, 6, 5)))
-    assert tn.fuse_report(step).fused == {"1": "InstanceNorm2d + ReLU + ReflectionPad2d"}
+    assert tn.fuse_report(step).fused == {"0": "InstanceNorm2d + ReLU + ReflectionPad2d"}
 
 
 def test_models_are_told_apart():
@@ -390,6 +389,6 @@ def test_the_name_is_known():
     assert name == "triton_norm"
     assert importlib.metadata.EntryPoint(name, place, "").load() is backend
     code = "import sys, triton_norm, torch; assert 'torch._dynamo' not in sys.modules; " \
-           "assert 'triton_norm' in torch.compiler.list_backends()"  # fmt: skip
+           "import torch._dynamo; assert torch._dynamo.lookup_backend('triton_norm').__module__.startswith('triton_norm')"
     environment = {**os.environ, "PYTHONPATH": str(Path(tn.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)

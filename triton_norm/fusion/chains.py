@@ -75,8 +75,8 @@ def _is_in_place(chain: Chain) -> bool:
     return chain.residual is not None and chain.add.target in (operator.iadd, "add_")
 
 
-#: What an activation is said by.
-_SETTINGS = {str, *(row.module for row in ACTIVATIONS.values() if row.module is not None)}
+#: What an activation is said by; the compiler of older releases of torch knows no sets of classes.
+_SETTINGS = dict.fromkeys((str, *(row.module for row in ACTIVATIONS.values() if row.module is not None)))
 #: What a normalized tensor is multiplied with, what is added to that, and whether the factor is one more.
 Modulation = tuple[Tensor, Tensor | None, bool]
 
