@@ -334,6 +334,17 @@ def test_graph_breaks():
     assert report.fused == {"norm": "BatchNorm2d + relu", "other": "GroupNorm + add + silu"}
 
 
+def test_modules_that_the_compiler_calls():
+    """Functions are fused with the layers behind them, whether the compiler looks into these or not."""
+    model = Apply(lambda m, x: m.act(F.instance_norm(m.act(m.norm(x))) + x), norm=nn.BatchNorm2d(4), act=nn.Tanh())
+    model = twins.randomize(Apply(lambda m, x: m.inner(m.conv(x)), inner=model, conv=nn.Conv2d(4, 4, 1)))
+    reference, x = copy.deepcopy(model), normal(2, 4, 5, 6)
+    with torch._dynamo.config.patch(inline_inbuilt_nn_modules=False):
+        step = torch.compile(model, backend="triton_norm", options={"rest": "eager"})
+        torch.testing.assert_close(step(x), reference(x))
+    assert any(line.startswith("instance_norm + add + Tanh") for line in tn.fuse_report(step).fused.values())
+
+
 def test_checkpointed_parts():
     block = Apply(lambda m, x: F.silu(m.norm(m.conv(x)) + x), conv=nn.Conv2d(4, 4, 1), norm=nn.GroupNorm(2, 4))
     model = Apply(lambda m, x: checkpoint(m.block, x, use_reentrant=False), block=block)
@@ -399,7 +410,7 @@ def test_readme(capsys):
     """Both examples print what the page says."""
     page = (Path(tn.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     section = page[page.index("## Models that nobody here wrote") :]
-    reports = re.findall(r"^```\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    reports = re.findall(r"^```\n(Fused .*?)^```$", section, re.DOTALL | re.MULTILINE)
     (code,) = (c for c in re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE) if "backend=" in c)
     exec(code.replace('"triton_norm")', '"triton_norm", options={"rest": "eager"})'), {})
     assert capsys.readouterr().out == reports[1]

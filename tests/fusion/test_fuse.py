@@ -503,12 +503,15 @@ def test_swish_as_a_product(function):
         lambda m, x: F.pad(F.gelu(F.group_norm(x, 2)), (1, 1, 1, 1), "reflect"),
         lambda m, x: F.prelu(F.layer_norm(x, (6,)), m.slope),
         lambda m, x: F.relu(F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)),
+        lambda m, x: m.act(F.instance_norm(x) + x),
+        lambda m, x: m.prelu(F.group_norm(x, 2)),
         lambda m, x: F.relu(F.rms_norm(x, (6,)) + 1) + F.relu(F.instance_norm(x) + x[:, :, :1]),
     ],
-    ids=["instance", "batch", "by mode", "group", "layer", "channels", "numbers"],
+    ids=["instance", "batch", "by mode", "group", "layer", "channels", "module", "prelu", "numbers"],
 )
 def test_norms_that_are_functions(function):
-    model = Apply(lambda m, x: function(m, m.conv(x)), conv=nn.Conv2d(4, 4, 1))
+    layers = {"conv": nn.Conv2d(4, 4, 1), "act": nn.LeakyReLU(0.3), "prelu": nn.PReLU(4)}
+    model = Apply(lambda m, x: function(m, m.conv(x)), **layers)
     model.slope = nn.Parameter(torch.ones(1))
     model.register_buffer("mean", torch.zeros(4))
     model.register_buffer("var", torch.ones(4))

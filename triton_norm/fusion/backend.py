@@ -80,8 +80,10 @@ def _fuse(graph: fx.GraphModule) -> list[_Entry]:
     entries = []
     for name, part in list(graph.named_modules()):
         if isinstance(part, fx.GraphModule) and (part is graph or name.startswith("wrap_body")):
-            chains = Finder(part.graph, {}).find()
-            entries += [_entry(chain) for chain in reversed(chains)]
+            # Modules are calls where the compiler is told not to look into them.
+            modules = dict(part.named_modules())
+            chains = Finder(part.graph, modules).find(lambda _: "the compiler calls its module")
+            entries += [_entry(chain, modules) for chain in reversed(chains)]
             for chain in chains:
                 if chain.operations:
                     replace(part.graph, chain)
@@ -90,14 +92,15 @@ def _fuse(graph: fx.GraphModule) -> list[_Entry]:
     return entries
 
 
-def _entry(chain: Chain) -> _Entry:
+def _entry(chain: Chain, modules: dict[str, nn.Module]) -> _Entry:
     node, count = chain.norm.node, len(chain.operations)
     module, path, cls = innermost(node)
+    name = described(node, modules)
     return _Entry(
-        module, path, "" if cls is not None and described(node, {}) == cls.__name__ else node.name,
-        chain.words({}) if count else "",
-        described(node, {}) + ", " + followed(chain.norm.result, {}),
-        "" if chain.stayed is None else f"{described(chain.stayed[0], {})}: {chain.stayed[1]}",
+        module, path, "" if cls is not None and name == cls.__name__ else node.name,
+        chain.words(modules) if count else "",
+        f"{name}, {followed(chain.norm.result, modules)}",
+        "" if chain.stayed is None else f"{described(chain.stayed[0], modules)}: {chain.stayed[1]}",
         count + (chain.stayed is not None),
     )  # fmt: skip
 
@@ -115,10 +118,12 @@ def report_of(model: nn.Module) -> FuseReport:
     own = {id(p) for p in model.parameters()}
     report = FuseReport(compiled=True)
     counts: dict[str, int] = {}
+    captured = False
     for entries, parameters in list(_captured):
         known = {id(p()) for p in parameters}
         if not (known & own if known else any(entry.module in paths for entry in entries)):
             continue
+        captured = True
         seen: collections.Counter[str] = collections.Counter()
         for entry in entries:
             path = paths.get(entry.module, entry.path)
@@ -133,6 +138,6 @@ def report_of(model: nn.Module) -> FuseReport:
                 report.stayed[path] = entry.stayed
             counts[path] = entry.operations
     report.operations = sum(counts.values())
-    if not counts:
-        report.left[""] = "no graph with norms was captured yet: call the compiled model first"
+    if not captured:
+        report.left[""] = "nothing was captured yet: call the compiled model first"
     return report

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..activations import ACTIVATIONS, Resolved, resolve
+from ..activations import ACTIVATIONS, resolve
 from ..layers import convert
 from ..layers.base import parameters_of
 from ..layers.convert import is_ours
 from ..ops.call import Result, normalize
 from ..spec import Spec
 from .finder import Chain
-from .meaning import is_active, made_activation, one_plus, permutation
+from .meaning import Activation, is_active, made_activation, one_plus, permutation
 
 
 def replace(graph: fx.Graph, chain: Chain) -> None:
@@ -60,14 +60,16 @@ def _call_module(graph: fx.Graph, chain: Chain) -> fx.Node:
 
 def _call_function(graph: fx.Graph, chain: Chain) -> fx.Node:
     norm = chain.norm
-    name, numbers, _ = chain.activation.resolved() if chain.activation is not None else Resolved("identity")
-    slope = None if chain.activation is None else chain.activation.slope
+    found = chain.activation or Activation()
+    name, numbers, _ = found.resolved()
     padding, mode = chain.padding or (0, "reflect")
     spec = norm.spec.but(
         activation=name, parameters=numbers, padding=padding, padding_mode=mode, return_unpadded=chain.pair
     )
-    operands = (norm.x, norm.weight, norm.bias, chain.residual, slope, norm.running_mean, norm.running_var)
+    operands = (norm.x, norm.weight, norm.bias, chain.residual, found.slope, norm.running_mean, norm.running_var)
     more = {} if chain.product is None else {"modulation": (chain.scale, chain.shift, chain.offset)}
+    if found.module is not None:
+        more["activation"] = graph.get_attr(found.module)
     return graph.call_function(call_function, (spec, *operands, _is_in_place(chain)), more)
 
 
@@ -83,7 +85,7 @@ Modulation = tuple[Tensor, Tensor | None, bool]
 
 def call(
     norm: nn.Module, x: Tensor, residual: Any, activation: None | str | nn.Module, padding: Any, padding_mode: str,
-    return_unpadded: bool, in_place: bool, dropouts: tuple[tuple[nn.Module, ...], ...] = ((), ()),
+    return_unpadded: bool, in_place: bool, dropouts: tuple[tuple[nn.Module, ...], ...] = (),
     modulation: Modulation | None = None,
 ) -> Any:  # fmt: skip
     """``convert.normalize``, also for addends that are no ``residual`` (numbers, other shapes and dtypes).
@@ -91,10 +93,9 @@ def call(
     ``dropouts`` are those before the sum and those behind it: while one is at work, all goes one after the other.
     """
     rest = padding, padding_mode, return_unpadded
-    if activation is not None and type(activation) not in _SETTINGS:
-        # torch.export stands a module of a class of its own before one that two paths lead to.
-        activation = activation.get_base() if hasattr(activation, "get_base") else activation
-    if not any(is_active(layer) for layers in dropouts for layer in layers):
+    if activation is not None:
+        activation = _itself(activation)
+    if not (dropouts and any(is_active(layer) for layers in dropouts for layer in layers)):
         if modulation is not None:
             affine = affined(x, *parameters_of(norm), *modulation)
             if affine is not None and (affine.residual is None or residual is None) and is_ours(norm):
@@ -108,11 +109,12 @@ def call(
     y = convert.normalize(norm, x)
     if modulation is not None:
         y = _modulated(y, *modulation)
-    for layer in dropouts[0]:
+    before, behind = dropouts or ((), ())
+    for layer in before:
         y = layer(y)
     if residual is not None:
         y = y.add_(residual) if in_place else y + residual
-    for layer in dropouts[1]:
+    for layer in behind:
         y = layer(y)
     y = y if activation is None else convert.resolve(activation)(y)
     return convert.finish(y, *rest)
@@ -121,8 +123,12 @@ def call(
 def call_function(
     spec: Spec, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Any, slope: Tensor | None,
     running_mean: Tensor | None, running_var: Tensor | None, in_place: bool, modulation: Modulation | None = None,
+    activation: nn.Module | None = None,
 ) -> Result:  # fmt: skip
-    """The same for a norm that is a function: what ``spec`` says of these operands."""
+    """The same for a norm that is a function: what ``spec`` says of these operands, and a module ``activation``."""
+    if activation is not None:
+        name, numbers, slope = resolve(_itself(activation))
+        spec = spec.but(activation=name, parameters=numbers)
     running = running_mean, running_var, None
     affine = Affine(weight, bias) if modulation is None else affined(x, weight, bias, *modulation)
     addend = residual if affine is None or affine.residual is None else affine.residual
@@ -140,6 +146,13 @@ def call_function(
     return convert.finish(
         ACTIVATIONS[spec.activation].torch(y, *numbers), spec.padding, spec.padding_mode, spec.return_unpadded
     )
+
+
+def _itself(activation: str | nn.Module) -> str | nn.Module:
+    """The module that stands behind one of a class of its own, as torch.export has it where two paths lead to it."""
+    if type(activation) in _SETTINGS or not hasattr(activation, "get_base"):
+        return activation
+    return activation.get_base()
 
 
 def _is_like(residual: Any, x: Tensor, dtype: torch.dtype | None = None) -> bool:
