@@ -1,6 +1,9 @@
 """``fuse``: the same numbers, the same state, fewer operations; and what it keeps its hands off."""
 
+import collections
+import contextlib
 import copy
+import dataclasses
 import functools
 import io
 import pickle
@@ -50,6 +53,13 @@ class Apply(nn.Module):
 
     def forward(self, x):
         return self.function(self, x)
+
+
+class ApplyTwo(Apply):
+    """The same with two inputs."""
+
+    def forward(self, x, y):
+        return self.function(self, x, y)
 
 
 # What is fused
@@ -238,12 +248,11 @@ def test_traceable_parts_of_a_model_that_is_not():
 @pytest.mark.parametrize(
     ("forward", "reason"),
     [
-        (lambda m, x: F.dropout(F.relu(m.norm(x)), 0.5, m.training), "training"),
         (lambda m, x: F.relu(m.norm(x)) if torch.rand(()) < 2 else x, "random"),
         (lambda m, x: (m.__dict__.update(seen=x), F.relu(m.norm(x)))[1], "attributes"),
         (lambda m, x: (m.tape.append(x), F.relu(m.norm(x)))[1], "attributes"),
     ],
-    ids=["training", "random", "attribute", "list"],
+    ids=["random", "attribute", "list"],
 )
 def test_forwards_that_say_more_than_their_trace(forward, reason):
     model = Apply(forward, norm=nn.BatchNorm2d(4))
@@ -257,20 +266,488 @@ def test_forwards_that_say_more_than_their_trace(forward, reason):
     fused(torch.randn(2, 4, 5, 6))
 
 
-def test_optional_arguments():
-    class Optional(nn.Module):
+class Optional(nn.Module):
+    """A forward that does other things with other arguments, and in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.second, self.act = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.SiLU()
+
+    def forward(self, x, skip=None, scale=1.0, *more, last="act", **keywords):
+        y = self.norm(x)
+        y = F.relu(y if skip is None else y + skip)
+        if self.training:
+            y = F.dropout(y, 0.5) * scale
+        for z in more:
+            y = y + z
+        y = self.second(y)
+        return self.act(y) if last == "act" else torch.tanh(y)
+
+
+CALLS = {
+    "defaults": lambda m, x: m(x),
+    "defaults given": lambda m, x: m(x, None, 1.0, last="act"),
+    "a tensor for None": lambda m, x: m(x, x * 2),
+    "by name": lambda m, x: m(x=x, skip=x * 2),
+    "another number": lambda m, x: m(x, None, 3.0),
+    "another word": lambda m, x: m(x, last="tanh"),
+    "more": lambda m, x: m(x, None, 1.0, x, x),
+    "keywords": lambda m, x: m(x, whatever=3),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_optional_arguments(call):
+    """As with the defaults where these are meant; any other call is the original's."""
+    model = Apply(lambda m, x: CALLS[call](m.inner, x), inner=Optional())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused == {"inner.norm": "BatchNorm2d + relu", "inner.second": "GroupNorm + SiLU"}
+    assert isinstance(fused.inner, Optional)
+    assert type(fused.inner.act) is nn.SiLU
+
+
+def test_optional_arguments_of_a_fused_model():
+    """Of the model itself, in training and in evaluation, copied, pickled and compiled."""
+    model = twins.randomize(Optional())
+    fused = tn.fuse(model)
+    x, skip = normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=5)
+    for other in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        model = copy.deepcopy(model)
+        model.load_state_dict(other.state_dict())
+        for training in (True, False):
+            for arguments in ((x,), (x, skip), (x, None, 2.0)):
+                torch.manual_seed(0)
+                want = model.train(training)(*arguments)
+                torch.manual_seed(0)
+                torch.testing.assert_close(other.train(training)(*arguments), want)
+    with pytest.raises(TypeError, match="missing 1 required positional argument"):
+        fused()
+    fused.eval()
+    step = torch.compile(fused, backend="eager", fullgraph=True)
+    torch.testing.assert_close(step(x, skip), fused(x, skip))
+
+
+def test_only_the_forwards_that_are_known_are_replaced(monkeypatch):
+    """Which of the forwards runs, seen by how often the norm is called by itself."""
+    fused, x = tn.fuse(twins.randomize(Optional())), normal(2, 4, 5, 6)
+    alone = []
+    monkeypatch.setattr(tn.BatchNorm2d, "forward", functools.partialmethod(
+        lambda self, forward, x, *rest, **fused: (alone.append(not fused), forward(self, x, *rest, **fused))[1],
+        tn.BatchNorm2d.forward,
+    ))  # fmt: skip
+    for arguments in ((x,), (x, x), (x, None, 2.0), (x, "skip")):
+        with contextlib.suppress(TypeError):
+            fused(*arguments)
+    assert alone == [False, False, True, True]
+
+
+def test_a_mode_that_differs_within():
+    """Dropout in training: nothing but the original forward knows a module in training within one in evaluation."""
+    class Block(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = nn.BatchNorm2d(4)
+            self.norm = nn.GroupNorm(2, 4)
 
-        def forward(self, x, skip=None):
-            y = self.norm(x)
-            return F.relu(y if skip is None else y + skip)
+        def forward(self, x):
+            return F.dropout(self.norm(x), 0.5, self.training)
 
-    fused = fused_like(Optional(), normal(2, 4, 5, 6))
-    assert "optional arguments" in tn.fuse_report(fused).left[""]
+    model = twins.randomize(Apply(lambda m, x: F.relu(m.block(x) + x), block=Block()))
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    assert "GroupNorm + add" in tn.fuse_report(fused).fused["block.norm"]
+    for modes in ((True, True), (True, False), (False, True), (False, False)):
+        found = []
+        for m in (model, fused):
+            m.train(modes[0])
+            m.block.train(modes[1])
+            torch.manual_seed(0)
+            found.append(m(x))
+        torch.testing.assert_close(*found)
+
+
+def test_an_argument_that_is_none():
+    """A trace takes an argument for a tensor; the forward asks whether it is one."""
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.GroupNorm(2, 4)
+
+        def forward(self, x, skip):
+            return F.relu(self.norm(x) if skip is None else self.norm(x + skip))
+
+    fused_like(Block(), normal(2, 4, 5, 6), normal(2, 4, 5, 6, seed=4))
+    model = Apply(lambda m, x: m.block(x, None), block=Block())
+    assert tn.fuse_report(fused_like(model, normal(2, 4, 5, 6))).fused == {"block.norm": "GroupNorm + relu"}
+
+
+@dataclasses.dataclass
+class Output(collections.OrderedDict):
+    """As diffusers and transformers return them."""
+
+    sample: torch.Tensor
+    other: None = None
+
+    def __post_init__(self):
+        self["sample"] = self.sample
+
+
+class Odd(dict):
+    pass
+
+
+@pytest.mark.parametrize("make", [Output, lambda y: collections.OrderedDict(sample=y), lambda y: Odd(sample=y)])
+def test_what_a_forward_returns_keeps_its_class(make):
+    model = twins.randomize(Apply(lambda m, x: make(F.relu(m.norm(x))), norm=nn.BatchNorm2d(4)))
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    y, want = fused(x), model(x)
+    assert type(y) is type(want)
+    assert list(y) == ["sample"]
+    torch.testing.assert_close(y["sample"], want["sample"])
+    assert ("norm" in tn.fuse_report(fused).fused) == (type(want) is not Odd)
+
+
+class Asks(nn.Module):
+    """Forwards that depend on their arguments' types and shapes."""
+
+    def __init__(self, question):
+        super().__init__()
+        self.norm, self.act, self.question = nn.GroupNorm(2, 4), nn.SiLU(), question
+
+    def forward(self, x, t):
+        y = self.norm(x)
+        return (self.act(y) if self.question(x, t) else torch.tanh(y)) * t
+
+
+QUESTIONS = {
+    "size": lambda x, t: x.shape[0] > 2,
+    "remainder": lambda x, t: x.size(-1) % 3 == 0 and x.shape[-2] == 5,
+    "rank": lambda x, t: t.dim() == 0,
+    "length": lambda x, t: len(t.shape) == 1,
+    "dtype": lambda x, t: x.dtype == torch.float64,
+    "device": lambda x, t: x.device.type == "cpu",
+    "type": lambda x, t: isinstance(t, torch.Tensor),
+    "is_tensor": lambda x, t: not torch.is_tensor(t),
+}
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_about_arguments(name):
+    """Every answer is fused, and the answer at the call counts."""
+    model = twins.randomize(Asks(QUESTIONS[name])).eval()
+    fused = tn.fuse(model)
+    assert tn.fuse_report(fused).left == {}
+    assert "+" in tn.fuse_report(fused).fused["norm"]
+    for x in (normal(2, 4, 5, 6), normal(3, 4, 5, 6), normal(2, 4, 4, 7), normal(2, 4, 5)):
+        for t in (torch.tensor(3.0), torch.tensor([3.0]), torch.full((1, 1), 2.0), 3.0):
+            with contextlib.suppress(AttributeError):
+                want = model(x, t)
+                torch.testing.assert_close(fused(x, t), want)
+
+
+def test_questions_about_what_was_computed():
+    """Of these a trace knows nothing: the inner forward is called as it is, and what is around it is fused."""
+    class Inner(nn.Module):
+        def forward(self, x):
+            return x[:, :, ::2] if x.shape[2] > 4 else x
+
+    model = Apply(lambda m, x: F.relu(m.norm(m.inner(m.conv(x)))), norm=nn.BatchNorm2d(4), inner=Inner(),
+                  conv=nn.Conv2d(4, 4, 1))  # fmt: skip
+    for height in (3, 5):
+        fused = fused_like(model, normal(2, 4, height, 6))
+    assert tn.fuse_report(fused).fused == {"norm": "BatchNorm2d + relu"}
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@pytest.mark.parametrize("between", ["norm and sum", "sum and activation", "both"])
+def test_dropouts_that_may_be_off(p, between):
+    """At p=0 and in evaluation they are nothing; in training all goes one after the other."""
+    def forward(m, x):
+        y = m.norm(x)
+        y = (m.first(y) if between != "sum and activation" else m.nothing(y)) + x
+        return F.silu(m.second(y) if between != "norm and sum" else m.nothing(y))
+
+    model = Apply(forward, norm=nn.GroupNorm(2, 4), first=nn.Dropout(p), second=nn.Dropout2d(p), nothing=nn.Identity())
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert tn.fuse_report(fused).fused == {"norm": "GroupNorm + add + silu"}
+    fused.train().first.p = fused.second.p = 1.0
+    assert not torch.equal(fused(normal(2, 4, 5, 6)), fused.eval()(normal(2, 4, 5, 6)))
+
+
+def test_an_identity_between_modules():
+    fused = fused_like(nn.Sequential(*conv(), nn.Identity(), nn.ReLU(), nn.Identity()), normal(2, 4, 5, 6))
+    assert isinstance(fused[1].activation, nn.ReLU)
+    assert tn.fuse_report(fused).fused == {"1": "BatchNorm2d + ReLU"}
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: (lambda y: y * torch.sigmoid(y))(m.norm(x)),
+        lambda m, x: (lambda y: m.gate(y) * y)(m.norm(x) + x),
+        lambda m, x: (lambda y: y.mul_(y.sigmoid()))(m.norm(x)),
+    ],
+    ids=["function", "module", "in place"],
+)
+def test_swish_as_a_product(function):
+    fused = fused_like(Apply(function, norm=nn.BatchNorm2d(4), gate=nn.Sigmoid()), normal(2, 4, 5, 6), steps=1)
+    report = tn.fuse_report(fused)
+    assert "x * " in report.fused["norm"]
+    assert report.remaining == 0
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: F.relu(F.instance_norm(x, eps=0.1)),
+        lambda m, x: F.relu(F.batch_norm(x, m.mean, m.var, None, None, True, 0.3)),
+        lambda m, x: F.silu(F.batch_norm(x, m.mean, m.var, None, None, m.training) + x),
+        lambda m, x: F.pad(F.gelu(F.group_norm(x, 2)), (1, 1, 1, 1), "reflect"),
+        lambda m, x: F.prelu(F.layer_norm(x, (6,)), m.slope),
+        lambda m, x: F.relu(F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)),
+        lambda m, x: m.act(F.instance_norm(x) + x),
+        lambda m, x: m.prelu(F.group_norm(x, 2)),
+        lambda m, x: F.relu(F.rms_norm(x, (6,)) + 1) + F.relu(F.instance_norm(x) + x[:, :, :1]),
+    ],
+    ids=["instance", "batch", "by mode", "group", "layer", "channels", "module", "prelu", "numbers"],
+)
+def test_norms_that_are_functions(function):
+    layers = {"conv": nn.Conv2d(4, 4, 1), "act": nn.LeakyReLU(0.3), "prelu": nn.PReLU(4)}
+    model = Apply(lambda m, x: function(m, m.conv(x)), **layers)
+    model.slope = nn.Parameter(torch.ones(1))
+    model.register_buffer("mean", torch.zeros(4))
+    model.register_buffer("var", torch.ones(4))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    report = tn.fuse_report(fused)
+    assert len(report.fused) == 1
+    assert "norm" in next(iter(report.fused))
+
+
+@pytest.mark.parametrize("form", ["channel", "sample", "element", "neither"])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("how", ["1 + g", "g"])
+def test_modulation(form, affine, how):
+    """Seen at the call: per channel, sample or element in one pass, anything else one after the other."""
+    def forward(m, x, style):
+        g, b = m.style(style).chunk(2, 1)
+        view = {
+            "sample": lambda p: p[:, :, None, None], "channel": lambda p: p[:1, :, None, None],
+            "element": lambda p: p[:, :, None, None] * x, "neither": lambda p: x[:, :1],
+        }[form]  # fmt: skip
+        scale = 1 + view(g) if how == "1 + g" else view(g)
+        return F.silu(m.norm(x) * scale + view(b))
+
+    model = ApplyTwo(forward, norm=nn.GroupNorm(2, 4, affine=affine), style=nn.Linear(3, 8))
+    fused = fused_like(model, normal(2, 4, 5, 6), normal(2, 3), steps=1)
+    assert tn.fuse_report(fused).fused == {"norm": "GroupNorm + mul + add + silu"}
+
+
+def test_modulation_is_one_launch(monkeypatch):
+    model = ApplyTwo(lambda m, x, g: F.relu(m.norm(x) * (1 + g[:, :, None, None]) + g[:, :, None, None]),
+                     norm=nn.GroupNorm(2, 4))  # fmt: skip
+    x, g = torch.randn(2, 4, 5, 6), torch.randn(2, 4)
+    want, fused = model(x, g), tn.fuse(model)
+    monkeypatch.setenv("TRITON_NORM_BACKEND", "triton")
+    with counting() as count, torch.no_grad():
+        torch.testing.assert_close(fused(x, g), want, atol=1e-5, rtol=1e-5)
+    assert len(count.launches) == 1
+
+
+class Residual(nn.Module):
+    def __init__(self, channels=4):
+        super().__init__()
+        self.body = nn.Sequential(*conv(nn.InstanceNorm2d, channels), nn.ReLU(), *conv(nn.InstanceNorm2d, channels))
+
+    def forward(self, x):
+        return self.body(x) + x
+
+
+def test_a_block_within_what_another_forward_takes_in():
+    """The outer forward pads what the last block adds; the first block's sum is its own forward's."""
+    model = nn.Sequential(nn.Sequential(Residual(), Residual()), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3))
+    report = tn.fuse_report(fused_like(model, normal(2, 4, 5, 6)))
+    assert report.fused == {
+        "0.0.body.1": "InstanceNorm2d + ReLU", "0.0.body.4": "InstanceNorm2d + add",
+        "0.1.body.1": "InstanceNorm2d + ReLU", "0.1.body.4": "InstanceNorm2d + add + ReflectionPad2d",
+    }  # fmt: skip
+    assert (report.operations, report.remaining, report.alone) == (5, 0, {})
+
+
+class Encoder(nn.Module):
+    """CUT's generator: features from within, or the whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Sequential(*conv(nn.InstanceNorm2d), nn.ReLU(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3),
+                                   Residual(), Residual(), nn.ReflectionPad2d(1), nn.Conv2d(4, 4, 3))  # fmt: skip
+
+    def forward(self, x, layers=()):
+        features = []
+        for i, layer in enumerate(self.model if layers else ()):
+            x = layer(x)
+            if i in layers:
+                features.append(x)
+        return features or self.model(x)
+
+
+def test_layers_that_are_called_one_by_one():
+    """What comes out of each is what came out before, and blocks are fused there too."""
+    model = twins.randomize(Encoder())
+    fused, x = tn.fuse(model), normal(2, 4, 5, 6)
+    torch.testing.assert_close(fused(x), model(x))
+    torch.testing.assert_close(fused(x, range(9)), model(x, range(9)))
+    report = tn.fuse_report(fused)
+    assert report.remaining == 0
+    assert {"model.5", "model.6", "model"} <= set(report.rewritten)
+    assert report.fused["model.6.body.4"] == "InstanceNorm2d + add + ReflectionPad2d"
+
+
+class Twice(nn.Module):
+    """nnU-Net's block: its layers are attributes, and in a Sequential."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = conv(nn.InstanceNorm2d)
+        self.act = nn.LeakyReLU(inplace=True)
+        self.all = nn.Sequential(self.conv, self.norm, self.act)
+
+    def forward(self, x):
+        return self.all(x)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_layers_that_two_paths_lead_to(strict):
+    """Counted once, and exported."""
+    model = nn.Sequential(Twice(), nn.Sequential(nn.GroupNorm(2, 4), nn.Hardtanh(-0.5, 0.5)))
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    report = tn.fuse_report(fused)
+    assert report.fused == {"0.norm": "InstanceNorm2d + LeakyReLU", "1.0": "GroupNorm + Hardtanh"}
+    assert (report.alone, report.operations) == ({}, 2)
     x = normal(2, 4, 5, 6)
-    torch.testing.assert_close(fused(x, x), F.relu(fused.norm(x) + x))
+    exported = torch.export.export(fused.eval(), (x,), strict=strict)
+    torch.testing.assert_close(exported.module()(x), fused(x))
+
+
+def test_why_a_norm_is_alone():
+    """The reason stands with the module that calls it, and says which that is."""
+    def forward(m, x):
+        return F.relu(m.norm(x)) if x.sum() < 1e9 else x
+
+    model = nn.Sequential(Apply(forward, norm=nn.GroupNorm(2, 4)), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    report = tn.fuse_report(tn.fuse(model))
+    assert "control flow" in report.left["0"]
+    assert report.alone == {"0.norm": "GroupNorm, called by 0, which is left alone",
+                            "2": "BatchNorm2d, nothing follows"}  # fmt: skip
+
+
+STAYS = {
+    "read twice": (lambda m, x: (lambda y: F.silu(y) + y)(m.norm(x)), "silu", "2 places"),
+    "a number": (lambda m, x: m.norm(x) + 1, "add", "not another tensor"),
+    "into the other": (lambda m, x: x.mul(2).add_(m.norm(x)), "add_", "other addend"),
+    "value": (lambda m, x: F.pad(m.norm(x), (1, 1, 1, 1), value=2.0), "pad", "another value"),
+    "crop": (lambda m, x: F.pad(m.norm(x), (1, -1, 1, 1)), "pad", "crops"),
+    "twice": (lambda m, x: m.norm(F.relu(m.norm(x))), "relu", "more than once"),
+}
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_what_stays_is_named(name):
+    forward, operation, reason = STAYS[name]
+    report = tn.fuse_report(fused_like(Apply(forward, norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6), steps=1))
+    assert report.stayed["norm"].startswith(f"{operation}: ")
+    assert reason in report.stayed["norm"]
+    assert (report.operations, report.remaining) == (1, 1)
+    assert str(report).splitlines()[-1] == "Operations behind norms: 1 before, 1 now."
+
+
+# Norms of other packages
+
+
+def known(module, name, *bases, **names):
+    """A class as another package has it."""
+    return type(name, bases, {"__module__": module, "__qualname__": name, **names})
+
+
+def _act_after(base):
+    def forward(self, x):
+        return self.act(self.drop(base.forward(self, x)))
+
+    return forward
+
+
+def _with_act(module, name, base, act, *arguments, drop=None):
+    norm = known(module, name, base, forward=_act_after(base))(*arguments)
+    norm.drop, norm.act = drop or nn.Identity(), act
+    return norm
+
+
+class _Llama(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(size)), 1e-6
+
+    def forward(self, x):
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)).to(x.dtype)
+
+
+def _channels_first(self, x):
+    return F.layer_norm(x.permute(0, 2, 3, 1), (4,), self.weight, self.bias, self.eps).permute(0, 3, 1, 2)
+
+
+KNOWN = {
+    "BatchNormAct2d": lambda: _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.SiLU(True), 4),
+    "BatchNormAct2d, PReLU": lambda: _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.PReLU(), 4),
+    "GroupNormAct": lambda: _with_act("timm.layers.norm_act", "GroupNormAct", nn.GroupNorm, nn.ReLU(), 2, 4),
+    "LayerNorm2d": lambda: known("timm.layers.norm", "LayerNorm2d", nn.LayerNorm, forward=_channels_first)(4),
+    "torchvision": lambda: known("torchvision.models.convnext", "LayerNorm2d", nn.LayerNorm,
+                                 forward=_channels_first)(4),
+    "RMS": lambda: known("transformers.models.llama.modeling_llama", "LlamaRMSNorm", _Llama)(6),
+    "ConvNext": lambda: known("transformers.models.convnext.modeling_convnext", "ConvNextLayerNorm", nn.LayerNorm,
+                              forward=_channels_first, data_format="channels_first")(4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_norms(name):
+    """They are instances of their own class and of ours, keep their keys, and take in what comes behind them."""
+    norm = KNOWN[name]()
+    has_act = hasattr(norm, "act")
+    model = Apply(lambda m, x: F.relu(m.norm(m.conv(x)) + x) if not has_act else m.norm(m.conv(x)) + x,
+                  norm=norm, conv=nn.Conv2d(4, 4, 1))  # fmt: skip
+    fused = fused_like(model, normal(2, 4, 5, 6))
+    assert isinstance(fused.norm, type(norm))
+    assert any(c.__module__.startswith("triton_norm") for c in type(fused.norm).__mro__)
+    report = tn.fuse_report(fused)
+    assert report.remaining == 0
+    if has_act:
+        assert report.fused == {"norm": f"{type(norm).__name__} with its {type(norm.act).__name__}"}
+    else:
+        assert report.fused == {"norm": f"{type(norm).__name__} + add + relu"}
+    other = copy.deepcopy(fused)
+    torch.testing.assert_close(other.eval()(normal(2, 4, 5, 6)), fused.eval()(normal(2, 4, 5, 6)))
+    assert type(other.norm) is type(fused.norm)
+
+
+def test_known_norms_that_do_something_else():
+    """A dropout of their own, another kernel, an activation that is not torch's: left alone, and right."""
+    class Odd(nn.ReLU):
+        pass
+
+    dropping = _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, nn.ReLU(), 4, drop=nn.Dropout(0.5))
+    odd = _with_act("timm.layers.norm_act", "BatchNormAct2d", nn.BatchNorm2d, Odd(), 4)
+    fast = KNOWN["LayerNorm2d"]()
+    fast._fast_norm = True
+    report = tn.fuse_report(fused_like(nn.Sequential(dropping, odd, fast), normal(2, 4, 5, 6)))
+    assert set(report.left) == {"0", "1", "2"}
+
+
+def test_dtype_of_known_rms_norms():
+    """Half-precision input and float32 weight give float32; under autocast too."""
+    norm = KNOWN["RMS"]()
+    model = nn.Sequential(norm)
+    fused, x = tn.fuse(model), normal(2, 4, 6).bfloat16()
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert fused(x).dtype == model(x).dtype == torch.float32
+            torch.testing.assert_close(fused(x), model(x), atol=0.02, rtol=0.02)
 
 
 # Kept correct, or left alone
@@ -679,6 +1156,7 @@ def test_report():
         "  3: BasicBlock",
         "Left alone (1):",
         "  6: Other is no norm of torch.nn that this package fuses",
+        "Operations behind norms: 4 before, 0 now.",
     ]
     # What it would be, of a model that has not been fused, and which stays so.
     assert str(tn.fuse_report(model)) == text
@@ -772,6 +1250,13 @@ def test_inference_refuses_training_mode():
     with pytest.raises(ValueError, match=r"call model\.eval\(\) first") as error:
         tn.fuse(nn.Sequential(*conv()), inference=True)
     assert "\n" not in str(error.value)
+
+
+def test_inference_asks_batch_norms_alone():
+    """Layers of other packages come out of ``deepcopy`` in training mode."""
+    model = nn.Sequential(*conv(), nn.ReLU(), nn.Linear(6, 6)).eval()
+    model[3].train()
+    assert tn.fuse_report(tn.fuse(model, inference=True)).folded == {"0": "BatchNorm2d 1"}
 
 
 def test_inference_leaves_what_it_cannot_fold():

@@ -1,23 +1,28 @@
-"""Tracing a module's ``forward`` with torch.fx without side effects, and giving it another one.
+"""Tracing a module's ``forward`` with torch.fx without side effects.
 
-A forward is only trusted when the trace says all of it: it must come out the same in training and in evaluation, draw
-no random numbers, and leave the module's attributes as they were.
+A forward is only trusted when traces say all of it: one of each way to call it, in training and in evaluation. It must
+draw no random numbers, and leave the module's attributes as they were.
 """
 
+import collections
+import dataclasses
+import dis
+import functools
 import inspect
 import operator
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch.fx import Node
 
-from ..layers.convert import is_ours
+from ..layers.convert import is_known, is_ours
+from .decisions import RANKS, Decisions, follow, question
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -40,8 +45,17 @@ def is_opaque(module: nn.Module) -> bool:
     return is_hooked(module) or is_foreign(module)
 
 
+class Rewritten:
+    """Mixed into a copy of a module's class whose forward is generated from graphs."""
+
+
 #: What models are made from, rather than layers.
 _CONTAINERS = (nn.Module, nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def is_layer(cls: type) -> bool:
+    """Whether it is one of torch's layers or a subclass of one."""
+    return any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in cls.__mro__)
 
 
 class Untraceable(Exception):
@@ -53,6 +67,33 @@ _IN_PLACE_OPERATORS = {f"i{name}" for name in ("add", "sub", "mul", "truediv", "
 
 class _Proxy(fx.Proxy):
     """Keeps ``y += x`` in place, of which torch.fx makes ``y = y + x``."""
+
+    def __getattr__(self, name: str) -> "_Attribute":
+        return _Attribute(self, name)
+
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+
+class _Attribute(fx.proxy.Attribute):
+    def __len__(self) -> int:
+        return self.tracer.length(self)
+
+
+class _Argument(_Proxy):
+    """An argument of the forward, which is a tensor for whoever asks but torch.fx."""
+
+    @property
+    def __class__(self) -> type:
+        if sys._getframe(1).f_globals.get("__name__", "").startswith((*_TRACERS, __name__)):
+            return _Argument
+        self.tracer.decisions.tensors.add(self.node.target)
+        return torch.Tensor
+
+
+_PLAIN = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
+#: Those that ask about proxies for their own ends.
+_TRACERS = ("torch.fx", "torch.overrides", "torch._C", "torch.utils._pytree")
 
 
 def _augmented(name: str) -> Callable:
@@ -67,17 +108,35 @@ for _name in _IN_PLACE_OPERATORS:
 class _Tracer(fx.Tracer):
     """Notes for each node which module's forward it stands in, as ``meta["scope"]``, a path of names."""
 
-    def __init__(self, inline: Collection[nn.Module] | None) -> None:
+    def __init__(
+        self, inline: Collection[nn.Module] | None, way: "Way", decisions: Decisions, leaves: set[type]
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.decisions = decisions
+        #: The module whose forward cannot be traced.
+        self.failed: nn.Module | None = None
+        self._way = way
+        self._leaves = leaves
         self._inline = None if inline is None else {id(m) for m in inline}
         self._scopes = [""]
+
+    def create_args_for_root(self, root_fn: Callable, is_module: bool, concrete_args: Any = None) -> tuple:
+        """Of the arguments, only those that are tensors become the graph's; the others are as the way says."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self._way.tensors]
+
+        def forward(*tensors: Any) -> Any:
+            return root_fn(self.root, **dict(zip(self._way.tensors, tensors, strict=True)), **self._way.constants)
+
+        return forward, proxies
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
             is_ours(m)
             or is_opaque(m)
             # A subclass of one of torch's layers is a layer too.
-            or any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in type(m).__mro__)
+            or is_known(m)
+            or type(m) in self._leaves
+            or is_layer(type(m))
             or (self._inline is not None and id(m) not in self._inline)
         )
 
@@ -88,11 +147,43 @@ class _Tracer(fx.Tracer):
         self._scopes.append(path)
         try:
             return super().call_module(m, forward, args, kwargs)
+        except Exception:
+            self.failed = self.failed or m
+            raise
         finally:
             self._scopes.pop()
 
     def proxy(self, node: Node) -> fx.Proxy:
-        return _Proxy(node, self)
+        return (_Argument if node.op == "placeholder" else _Proxy)(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        if type(a) is _Argument:
+            return a.node
+        if isinstance(a, (dict, list)) and type(a) not in _PLAIN:
+            return self._made_again(a)
+        return super().create_arg(a)
+
+    def _made_again(self, a: dict | list) -> Node:
+        """A result of a class of its own, of which torch.fx would keep the elements alone."""
+        if not (dataclasses.is_dataclass(a) or type(a) is collections.OrderedDict):
+            raise fx.proxy.TraceError(f"it makes a {type(a).__name__}")
+        if dataclasses.is_dataclass(a):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a)}
+            return self.create_node("call_function", type(a), (), {k: self.create_arg(v) for k, v in fields.items()})
+        return self.create_node("call_function", type(a), ([(k, self.create_arg(v)) for k, v in a.items()],), {})
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        return self._asked(obj, "{}", (False, True)) if question(obj.node) is not None else super().to_bool(obj)
+
+    def length(self, obj: fx.Proxy) -> int:
+        if question(obj.node) is None:
+            raise fx.proxy.TraceError("it asks for the length of what it has computed")
+        return self._asked(obj, "len({})", RANKS)
+
+    def _asked(self, obj: fx.Proxy, form: str, answers: tuple) -> Any:
+        words, names = question(obj.node)
+        self.decisions.tensors |= names
+        return self.decisions.answer(form.format(words), answers)
 
     def create_node(self, *args: Any, **kwargs: Any) -> Node:
         node = super().create_node(*args, **kwargs)
@@ -100,31 +191,136 @@ class _Tracer(fx.Tracer):
         return node
 
 
-def trace(module: nn.Module, inline: Collection[nn.Module] | None = None) -> fx.Graph:
-    """The graph of ``module``'s forward, through every inner forward or only those of ``inline``.
+class Way(NamedTuple):
+    """A way of calling a forward: which arguments are tensors, and what the others are."""
+
+    tensors: tuple[str, ...]
+    constants: dict[str, Any]
+
+
+class Variant(NamedTuple):
+    """What a forward does when it is called one way, in training, in evaluation or (None) in both.
+
+    ``guards`` are expressions of the arguments that hold then.
+    """
+
+    way: Way
+    training: bool | None
+    guards: tuple[str, ...]
+    graph: fx.Graph
+
+
+def ways(module: nn.Module) -> list[Way]:
+    """With the defaults; with tensors where the defaults are None; with None for all that is required but the first.
 
     Raises ``Untraceable``.
     """
     if is_foreign(module):
         raise Untraceable("its forward is not its class's")
-    required = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    arguments = inspect.signature(type(module).forward, follow_wrapped=False).parameters.values()
-    if any(a.kind not in required or a.default is not a.empty for a in arguments):
-        # The trace would be of one way to call it.
-        raise Untraceable("its forward takes optional arguments")
+    required, optional = [], {}
+    for name, p in arguments(type(module).forward).items():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        if p.default is not p.empty:
+            optional[name] = p.default
+        elif p.kind is p.KEYWORD_ONLY:
+            raise Untraceable("its forward has keywords without defaults")
+        else:
+            required.append(name)
+    found = [Way(tuple(required), optional)]
+    given = [name for name, default in optional.items() if default is None]
+    if given:
+        others = {name: default for name, default in optional.items() if name not in given}
+        found.append(Way((*required, *given), others))
+    if len(required) > 1:
+        found.append(Way(tuple(required[:1]), {**dict.fromkeys(required[1:]), **optional}))
+    return found
+
+
+def arguments(forward: Callable) -> dict[str, inspect.Parameter]:
+    """Those behind ``self``, of a decorated forward those that it is written with."""
+    own = inspect.signature(forward, follow_wrapped=False).parameters
+    if all(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in list(own.values())[1:]):
+        own = inspect.signature(forward).parameters
+    return dict(list(own.items())[1:])
+
+
+def iterates(module: nn.Module) -> bool:
+    """Whether the forward has a loop, in which it may call what is in a child, one after the other."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    return code is not None and any(i.opname == "GET_ITER" for i in dis.get_instructions(code))
+
+
+def variants(module: nn.Module, inline: Collection[nn.Module] | None = None) -> list[Variant]:
+    """What ``module``'s forward does, through every inner forward or only those of ``inline``.
+
+    Inner forwards that cannot be traced are calls of their modules. Raises ``Untraceable`` if none of the ways of
+    calling it can be traced, for the first one's reason.
+    """
+    found: list[Variant] = []
+    reason: Untraceable | None = None
+    for way in ways(module):
+        try:
+            found += _trace(module, inline, way)
+        except Untraceable as error:
+            reason = reason or error
+    if not found:
+        raise reason or Untraceable("it has no forward")
+    return found
+
+
+def is_one(module: nn.Module, found: list[Variant]) -> bool:
+    """Whether this one variant is all that the forward can do."""
+    has_more = any(
+        p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in arguments(type(module).forward).values()
+    )
+    return len(found) == 1 and found[0].training is None and not found[0].guards and not has_more
+
+
+def _trace(module: nn.Module, inline: Collection[nn.Module] | None, way: Way) -> list[Variant]:
+    """One way of calling the forward, in training and in evaluation; those that can be traced."""
+    found: dict[bool, dict[tuple[str, ...], fx.Graph]] = {True: {}, False: {}}
+    reasons = []
+    leaves: set[type] = set()
     with _restored(module) as check:
-        graphs = []
+
+        def graph_of(decisions: Decisions) -> fx.Graph | None:
+            while True:
+                tracer = _Tracer(inline, way, decisions, leaves)
+                try:
+                    return tracer.trace(module)
+                except Exception as error:
+                    if tracer.failed is None or type(tracer.failed) in leaves:
+                        reasons.append(error)
+                        return None
+                    leaves.add(type(tracer.failed))
+                    decisions.forget()
+
         for training in (True, False):
             for m in _python_modules(module):
                 m.__dict__["training"] = training
-            try:
-                graphs.append(_Tracer(inline).trace(module))
-            except Exception as error:
-                raise Untraceable(f"torch.fx cannot trace it: {_first_line(error)}") from error
+            for decisions, graph in follow(graph_of):
+                if graph is not None:
+                    _without_questions(graph)
+                    found[training][decisions.guards()] = graph
         check()
-    if _text(graphs[0]) != _text(graphs[1]):
-        raise Untraceable("its forward differs between training and evaluation")
-    return graphs[0]
+    if not (found[True] or found[False]):
+        raise Untraceable(f"torch.fx cannot trace it: {_first_line(reasons[0])}") from reasons[0]
+    made = []
+    for guards in {**found[True], **found[False]}:
+        graphs = {training: found[training][guards] for training in (True, False) if guards in found[training]}
+        if len(graphs) == 2 and _text(graphs[True]) == _text(graphs[False]):
+            graphs = {None: graphs[True]}
+        made += [Variant(way, training, guards, graph) for training, graph in graphs.items()]
+    return made
+
+
+def _without_questions(graph: fx.Graph) -> None:
+    """Without the nodes that only a question about shapes reads."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and node.op.startswith("call") and question(node) is not None:
+            graph.erase_node(node)
 
 
 def _python_modules(module: nn.Module) -> list[nn.Module]:
@@ -167,6 +363,8 @@ def _restored(module: nn.Module) -> Iterator[Callable[[], None]]:
             m.__dict__.update(attributes)
             for name, content in containers.items():
                 container = attributes[name]
+                if _same(container, content):
+                    continue
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
 
@@ -200,7 +398,8 @@ def mutated(node: Node, modules: dict[str, nn.Module]) -> Node | None:
             (name.endswith("_") and not name.endswith("__"))
             or (name in _IN_PLACE_OPERATORS and target is getattr(operator, name))
             or node.kwargs.get("inplace") is True
-            or (getattr(F, name, None) is target and _argument(node, "inplace") is True)
+            or (getattr(F, name, None) is target and argument(node, "inplace") is True)
+            or _writes_without_returning(node)
         )
         if isinstance(node.kwargs.get("out"), Node):
             return node.kwargs["out"]
@@ -208,12 +407,21 @@ def mutated(node: Node, modules: dict[str, nn.Module]) -> Node | None:
     return source if in_place and isinstance(source, Node) else None
 
 
-def _argument(node: Node, name: str) -> Any:
-    """What a call of a Python function gives this parameter, if anything."""
+def _writes_without_returning(node: Node) -> bool:
+    """Whether the node writes into its first argument, and its result may be something else."""
+    target = node.target
+    return target is operator.setitem or (isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable)
+
+
+def argument(node: Node, name: str, default: Any = None) -> Any:
+    """What a call of a Python function gives this parameter."""
     try:
-        return inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name)
+        return _signature(node.target).bind(*node.args, **node.kwargs).arguments.get(name, default)
     except (TypeError, ValueError):
-        return None
+        return default
+
+
+_signature = functools.lru_cache(inspect.signature)
 
 
 def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
@@ -221,69 +429,7 @@ def follow_in_place(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         source = mutated(node, modules)
-        if source is not None:
+        if source is not None and not _writes_without_returning(node):
             for user in list(source.users):
                 if order[user] > order[node]:
                     user.replace_input_with(source, node)
-
-
-# Another forward
-
-
-class Rewritten:
-    """Mixed into a copy of a module's class: its forward is generated from a graph. Copies and pickles with it."""
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (cls, *args), *rest = super().__reduce_ex__(2)
-        return _rebuild, (cls._original, cls._source, _portable(cls._names), args), *rest
-
-
-def rewrite(module: nn.Module, graph: fx.Graph) -> None:
-    """Gives this one object the forward of ``graph``; it stays an instance of its class."""
-    graph.lint()
-    code = graph.python_code("self")
-    module.__class__ = _rewritten(type(module), code.src, code.globals)
-
-
-def _rewritten(cls: type, source: str, names: dict[str, Any]) -> type:
-    scope = dict(names)
-    code = compile(source, f"<forward of a fused {cls.__name__}>", "exec")
-    exec(code, scope)
-    forward = scope["forward"]
-    # Those of the annotations too.
-    used = {name: names[name] for name in (*code.co_names, *forward.__code__.co_names) if name in names}
-    attributes = {
-        "forward": forward, "_original": cls, "_source": source, "_names": used,
-        "__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__,
-    }  # fmt: skip
-
-    if issubclass(cls, nn.Sequential):
-        attributes |= dict.fromkeys(("append", "extend", "insert", "pop", "__delitem__", "__iadd__"), _refuse)
-
-    def construct(_: type, *args: Any, **kwargs: Any) -> Any:
-        # The forward is that one object's. What it makes of its class, such as a slice of a Sequential, is another.
-        return cls(*args, **kwargs)
-
-    meta = type(type(cls).__name__, (type(cls),), {"__call__": construct})
-    return meta(cls.__name__, (Rewritten, cls), attributes)
-
-
-def _refuse(self: nn.Sequential, *_: Any, **__: Any) -> None:
-    raise TypeError("the forward of this Sequential is fused: add and remove layers before tn.fuse")
-
-
-def _rebuild(cls: type, source: str, names: dict[str, Any], args: list) -> nn.Module:
-    imported = {
-        name: __import__(value[0], fromlist=["_"]) if _is_import(value) else value for name, value in names.items()
-    }
-    rewritten = _rewritten(cls, source, imported)
-    return rewritten.__new__(rewritten, *args)
-
-
-def _portable(names: dict[str, Any]) -> dict[str, Any]:
-    """Python modules cannot be pickled: their names, in a tuple."""
-    return {name: (value.__name__,) if isinstance(value, ModuleType) else value for name, value in names.items()}
-
-
-def _is_import(value: Any) -> bool:
-    return type(value) is tuple and len(value) == 1 and isinstance(value[0], str)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..activations import resolve
 from ..ops import reference
-from . import base, norms
+from . import base, known, norms
 from .sync import SyncBatchNorm
 
 __all__ = ["Elementwise", "absorb", "activation_of", "fuse_neighbours", "normalize", "padding_of", "to_ours"]
@@ -81,14 +81,16 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm,
 
 def to_ours(norm: nn.Module) -> nn.Module | None:
     """``norm`` as our class, with the same parameters, buffers, hooks and attributes; None if we have no such class."""
-    if type(norm) in _OPEN or type(norm) is Elementwise:
+    if is_open(norm):
         return norm
-    cls = OURS.get(type(norm))
-    if cls is None:
+    if (cls := known.base_of(norm)) is not None:
+        ours = known.twin_of(norm, cls)
+    elif (cls := OURS.get(type(norm))) is None:
         return None
-    ours = cls.__new__(cls)
-    # The dictionaries themselves are shared, so that the handle of a hook still removes it.
-    ours.__dict__.update(norm.__dict__, activation=None)
+    else:
+        ours = cls.__new__(cls)
+        # The dictionaries themselves are shared, so that the handle of a hook still removes it.
+        ours.__dict__.update(norm.__dict__, activation=None)
     if takes_padding(ours):
         ours.__dict__.update(padding=0, padding_mode="reflect")
     return ours
@@ -97,7 +99,19 @@ def to_ours(norm: nn.Module) -> nn.Module | None:
 def is_norm(module: nn.Module) -> bool:
     """Whether the module is a norm that more can be fused into."""
     kind = type(module)
-    return kind in OURS or ((kind in _OPEN or kind is Elementwise) and is_plain(module))
+    if is_known(module):
+        return known.activation_of_known(module) is None
+    return kind in OURS or (is_open(module) and is_plain(module))
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether it is another package's norm that computes what ours does."""
+    return known.base_of(module) is not None
+
+
+def is_open(module: nn.Module) -> bool:
+    """Whether it is a norm of ours that is called with one tensor."""
+    return isinstance(module, known.Twin) or type(module) in _OPEN or type(module) is Elementwise
 
 
 def is_ours(module: nn.Module) -> bool:
@@ -111,12 +125,18 @@ def is_plain(norm: nn.Module) -> bool:
 
 def takes_padding(norm: nn.Module) -> bool:
     """Whether padding can be fused into this norm, torch's or ours: rows of features have no borders."""
-    return issubclass(OURS.get(type(norm), type(norm)), (base.Fused, Elementwise))
+    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), (base.Fused, Elementwise))
+
+
+def takes_affine(norm: nn.Module) -> bool:
+    """Whether this norm, torch's or ours, can be called with a weight and bias per sample and channel."""
+    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), base.Affine)
 
 
 def dims_of(norm: nn.Module) -> int | None:
     """How many spatial dims the norm expects; None for any number."""
-    return getattr(norm, "_dims", None) or next((n for n in (1, 2, 3) if type(norm).__name__.endswith(f"{n}d")), None)
+    own = getattr(known.base_of(norm) or norm, "_dims", None)
+    return own or next((n for n in (1, 2, 3) if type(norm).__name__.endswith(f"{n}d")), None)
 
 
 def activation_of(layer: nn.Module) -> nn.Module | None:
