@@ -198,7 +198,9 @@ def _split(geometry: Geometry, itemsize: int, backward: bool, affine: str, devic
         # Every row has a 64-bit offset of its own, so not too many of them.
         rows = max(min(power_of_2(geometry.G), tile // (block_s * block_k), MOST_ROWS), 1)
     per_thread = _per_thread(geometry, backward, geometry.transposed or affine == "element")
-    if affine == "column" or (affine == "element" and backward):
+    # Of planes of odd size every number is an access, and these wait for each other if a thread has many.
+    odd = not geometry.transposed and geometry.S % 2 == 1
+    if affine == "column" or (affine == "element" and backward) or odd:
         per_thread //= 2
     warps = _warps(rows * block_k * block_s, per_thread, 512, device)
     tiles = cdiv(geometry.K, block_k) * cdiv(geometry.S, block_s)
