@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import AVAILABLE
-from ..launching import devices
 from . import cases, info
 from .demo import Progress, check_out, pick_device, table
 from .info import UserError
@@ -65,12 +64,14 @@ def _count(text: str) -> int:
 def run(arguments: argparse.Namespace) -> int:
     if not AVAILABLE:
         raise UserError("there are no kernels to check: Triton is not installed")
+    from ..launching import devices  # which needs Triton
+
     if arguments.out:
         check_out(arguments.out)
     device = pick_device(arguments.device)
-    start = time.monotonic()
     on_gpu = device.type == "cuda"
-    clusters = on_gpu and devices.device(device.index or 0).cluster > 1
+    start = time.monotonic()
+    clusters = on_gpu and devices.device(device.index).cluster > 1
     outcomes = _outcomes(list(cases.cases(on_gpu, arguments.quick, clusters)), device, arguments.jobs)
     seconds = time.monotonic() - start
     text = report(outcomes, device, seconds)

@@ -53,7 +53,8 @@ def check_fused(spec: Spec, x: Tensor, residual: Tensor | None, slope: Tensor | 
     if spec.parameters:
         # Of what torch refuses here, such as a maximum below the minimum, the kernels would compute something.
         ACTIVATIONS[spec.activation].torch(x.new_empty(0), *spec.parameters)
-        fits = fits and not any(map(math.isnan, spec.parameters))
+        # NaN is what differs from itself; isnan is nothing that the compiler traces for a number that it lets vary.
+        fits = fits and all(number == number for number in spec.parameters)
     check_padding_mode(spec.padding_mode)
     if spec.padding != 0:
         _check_padding(x, spec.padding, spec.padding_mode)
