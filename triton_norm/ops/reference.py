@@ -76,11 +76,14 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         if momentum is None:
             momentum = 1.0 / float(o.count)
     activation = on_torch(spec, o.slope, x)
-    dense = _as_torch_is_right(kind, x)
-    if kind == "instance" and not torch.jit.is_tracing() and x.shape[0] == 1:
-        # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of its
-        # output comes in channels_last. A trace is of any number of samples, and none of gradients.
-        spec = spec.but(kind="batch")
+    dense = x
+    # A trace is of tensors of any size, and none of gradients.
+    if not torch.jit.is_tracing():
+        dense = _as_torch_is_right(kind, x)
+        if kind == "instance" and x.shape[0] == 1:
+            # One sample's instance norm is a batch norm. torch's own takes the wrong gradient on the CPU when that of
+            # its output comes in channels_last.
+            spec = spec.but(kind="batch")
     if spec.unit_offset and weight is not None:
         weight = 1 + weight
     # With a bias alone torch 2.13's group norm has no gradient on the CPU, nor its layer norm where dtypes are mixed.
