@@ -104,15 +104,29 @@ def modelled(results: Path) -> Iterator[str]:
         f"{len(large) - len(beyond)} are within {roofline.BEYOND} times the time that memory takes. The others:"
     )
     yield ""
-    lines = []
+    lines, listed = [], []
     for known in roofline.KNOWN:
         # Each is told once, by the first that knows it: the last ones are for what remains.
-        ratios = [row["ratio"] for row in beyond if known.covers(row)]
+        own = [row for row in beyond if known.covers(row)]
+        listed += [(*_modelled_line(row), known.reason) for row in own]
+        ratios = [row["ratio"] for row in own]
         beyond = [row for row in beyond if not known.covers(row)]
         if ratios:
             lines.append((f"`{known.pattern}`", str(len(ratios)), f"{min(ratios):.1f}-{max(ratios):.1f}", known.reason))
     lines += [(f"{row['shape']} {row['kernel']}", "1", f"{row['ratio']:.1f}", "unexplained") for row in beyond]
+    listed += [(*_modelled_line(row), "unexplained") for row in beyond]
     yield from markdown(MODELLED_HEADER, lines)
+    yield ""
+    yield "<details><summary>each of them</summary>"
+    yield ""
+    yield from markdown(("kernel", "µs", "memory, µs", "limit", "why"), listed)
+    yield ""
+    yield "</details>"
+
+
+def _modelled_line(row: dict) -> tuple[str, ...]:
+    name = " ".join(row[key] for key in ("shape", "dtype", "direction", "kernel"))
+    return name, *(f"{float(row[key] or 0):.1f}" for key in ("estimate_us", "memory_us")), row["limit"]
 
 
 def host(results: Path) -> Iterator[str]:

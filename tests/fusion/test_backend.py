@@ -193,6 +193,16 @@ def test_what_stays_is_named(name):
         assert (report.operations, report.remaining) == (1, 1)
 
 
+def check_inference(forward):
+    """The same numbers, compiled, of a forward with one norm."""
+    model = twins.randomize(Apply(forward, norm=nn.BatchNorm2d(4))).eval()
+    x = normal(2, 4, 5, 6)
+    with torch.no_grad():
+        want = model(x)
+        model.compile(backend="triton_norm", options={"rest": "eager"})
+        torch.testing.assert_close(model(x), want)
+
+
 def test_a_norm_with_nothing_behind_it():
     model = Apply(lambda m, x: m.conv(m.norm(x)), norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1))
     report = compiled(model, normal(2, 4, 5, 6), steps=1)
@@ -214,12 +224,7 @@ def test_writes_into_the_norm_s_input(write):
             torch.mul(y, 2, out=x)
         return F.relu(y + x)
 
-    model = twins.randomize(Apply(forward, norm=nn.BatchNorm2d(4))).eval()
-    x = normal(2, 4, 5, 6)
-    with torch.no_grad():
-        want = model(x)
-        model.compile(backend="triton_norm", options={"rest": "eager"})
-        torch.testing.assert_close(model(x), want)
+    check_inference(forward)
 
 
 def test_writes_through_a_view_of_the_norm_s_result():
@@ -229,12 +234,7 @@ def test_writes_through_a_view_of_the_norm_s_result():
         z[0] = 0
         return F.relu(y)
 
-    model = twins.randomize(Apply(forward, norm=nn.BatchNorm2d(4))).eval()
-    x = normal(2, 4, 5, 6)
-    with torch.no_grad():
-        want = model(x)
-        model.compile(backend="triton_norm", options={"rest": "eager"})
-        torch.testing.assert_close(model(x), want)
+    check_inference(forward)
 
 
 def test_an_in_place_activation_that_a_skip_reads():
