@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import EllipsisType
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, TypedDict
 
+import torch
 from torch import Tensor, nn
 
 __all__ = [
@@ -40,3 +41,24 @@ NormLayer: TypeAlias = Callable[[int], nn.Module]
 Own: TypeAlias = EllipsisType
 #: A pair with ``return_unpadded`` or ``return_sum``.
 Result: TypeAlias = Tensor | tuple[Tensor, Tensor]
+
+
+class Said(TypedDict, total=False):
+    """What every call may say: for signatures of which there are several, as ``**said: Unpack[Said]``."""
+
+    activation: ActivationLike
+    dtype: torch.dtype | None
+
+
+class SaidOfChannels(Said, total=False):
+    """Of (N, C, *spatial)."""
+
+    padding: Padding
+    padding_mode: PaddingMode
+
+
+class SaidOfRows(Said, total=False):
+    """Of trailing dims."""
+
+    pre_residual: Tensor | None
+    unit_offset: bool

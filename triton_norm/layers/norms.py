@@ -6,14 +6,19 @@ Each class is a subclass of its ``torch.nn`` namesake: same arguments, same para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..types import ActivationLike, Own, Padding, PaddingMode, Result
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels, SaidOfRows
 from .base import Activated, Affine, Fused, running_of
 from .checks import check_4d
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "BatchNorm1d",
@@ -29,7 +34,7 @@ __all__ = [
 ]
 
 
-class BatchNorm(Affine):
+class BatchNorm(Affine, _BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -49,6 +54,27 @@ class BatchNorm(Affine):
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
@@ -75,7 +101,7 @@ class BatchNorm(Affine):
         )  # fmt: skip
 
 
-class InstanceNorm(Affine):
+class InstanceNorm(Affine, _InstanceNorm):
     def __init__(
         self,
         num_features: int,
@@ -95,6 +121,27 @@ class InstanceNorm(Affine):
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
@@ -181,6 +228,27 @@ class GroupNorm(Affine, nn.GroupNorm):
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
 
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
@@ -211,6 +279,24 @@ class LayerNorm(Activated, nn.LayerNorm):
     ) -> None:
         self._construct(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
 
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Result: ...  # fmt: skip
+
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None,
@@ -236,6 +322,24 @@ class RMSNorm(Activated, nn.RMSNorm):
         activation: ActivationLike = None,
     ) -> None:
         self._construct(normalized_shape, eps, elementwise_affine, device, dtype, activation=activation)
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
+        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
+        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
+        **said: Unpack[SaidOfRows],
+    ) -> Result: ...  # fmt: skip
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
@@ -270,6 +374,24 @@ class LayerNorm2d(Fused, nn.LayerNorm):
             num_channels, eps, elementwise_affine, bias, device, dtype,
             activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
 
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
