@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..activations import resolve
+from ..ops import recovered
 from ..ops.call import Result, normalize
 from ..ops.checks import check_padding_mode, named
 from ..spec import Spec
@@ -16,7 +17,9 @@ class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
     #: What a call may say in place of the module, as keyword arguments.
-    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation", "dtype"})
+    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation", "dtype", "memory_efficient"})
+    #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
+    memory_efficient = False
     padding: int | tuple[int, ...] = 0
     padding_mode = "zeros"
 
@@ -30,10 +33,15 @@ class Activated(nn.Module):
             own.__qualname__ = f"{cls.__qualname__}.__init__"
             cls.__init__ = own
 
-    def _construct(self, *args: Any, activation: None | str | nn.Module, **options: Any) -> None:
-        resolve(activation)
+    def _construct(
+        self, *args: Any, activation: None | str | nn.Module, memory_efficient: bool = False, **options: Any
+    ) -> None:  # fmt: skip
+        name, numbers, _ = resolve(activation)
+        if memory_efficient:
+            recovered.check(name, numbers, pads=False, adds=False)
         super().__init__(*args, **options)
         self.activation = activation
+        self.memory_efficient = memory_efficient
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation" and not isinstance(value, nn.PReLU):
@@ -51,7 +59,7 @@ class Activated(nn.Module):
 
         Settings are read at every call, so that a changed one counts at once. ``running`` are mean, variance and count.
         """
-        if fused:
+        if fused or self.memory_efficient:
             return self._call_with(asked, input, residual, fused, *running)
         name, numbers, slope = resolve(self.activation)
         # In the order of a ``Spec``, which is only made where the call is not found.
@@ -72,6 +80,7 @@ class Activated(nn.Module):
             *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
             said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
             named(said("dtype")), said("return_sum", False),
+            memory_efficient=said("memory_efficient", self.memory_efficient),
         )  # fmt: skip
         if "pre_residual" in fused:
             running = (*running, fused["pre_residual"])
@@ -89,6 +98,8 @@ class Activated(nn.Module):
         parts = [super().extra_repr()]
         if self.activation is not None and "activation" not in self._modules:
             parts.append(f"activation={self.activation!r}")
+        if self.memory_efficient:
+            parts.append("memory_efficient=True")
         return ", ".join(filter(None, parts))
 
 

@@ -45,10 +45,12 @@ class BatchNorm(Affine):
         activation: None | str | nn.Module = None,
         padding: int | tuple[int, ...] = 0,
         padding_mode: str = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
@@ -82,10 +84,12 @@ class InstanceNorm(Affine):
         activation: None | str | nn.Module = None,
         padding: int | tuple[int, ...] = 0,
         padding_mode: str = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
@@ -161,10 +165,12 @@ class GroupNorm(Affine, nn.GroupNorm):
         activation: None | str | nn.Module = None,
         padding: int | tuple[int, ...] = 0,
         padding_mode: str = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_groups, num_channels, eps, affine, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
@@ -190,8 +196,12 @@ class LayerNorm(Activated, nn.LayerNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: None | str | nn.Module = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, bias, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
@@ -213,8 +223,12 @@ class RMSNorm(Activated, nn.RMSNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: None | str | nn.Module = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
         """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
@@ -239,10 +253,12 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         activation: None | str | nn.Module = None,
         padding: int | tuple[int, ...] = 0,
         padding_mode: str = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_channels, eps, elementwise_affine, bias, device, dtype,
             activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
