@@ -31,8 +31,8 @@ class Activation:
     parameters: tuple[tuple[str, float], ...] = ()
     #: Where the derivative has two values only: ``levels(*parameters) == (on, off)``. One bit then stands for z.
     levels: Callable[..., tuple[float, float]] | None = None
-    #: From y to z where its first number, if it has one, is positive: on the device, and on tensors.
-    inverse: tuple[Any, Callable[..., torch.Tensor]] | None = None
+    #: From y to z: on the device, on tensors, and for which parameters there is such a function.
+    inverse: tuple[Any, Callable[..., torch.Tensor], Callable[..., bool]] | None = None
 
 
 def _on_off(*_: float) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def _softplus_inverse(y: torch.Tensor, beta: float, threshold: float, least: flo
 
 ACTIVATIONS: dict[str, Activation] = {
     "identity": Activation(
-        device.identity, device.one, lambda z: z, inverse=(device.identity_inverse, lambda y, *_: y)
+        device.identity, device.one, lambda z: z, inverse=(device.identity_inverse, lambda y, *_: y, lambda: True)
     ),
     "relu": Activation(device.relu, device.relu_derivative, F.relu, nn.ReLU, levels=_on_off),
     "relu6": Activation(
@@ -72,7 +72,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.LeakyReLU,
         parameters=(("negative_slope", 0.01),),
         levels=lambda slope: (1.0, slope),
-        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse),
+        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, lambda slope: slope > 0),
     ),
     "elu": Activation(
         device.elu,
@@ -80,7 +80,7 @@ ACTIVATIONS: dict[str, Activation] = {
         F.elu,
         nn.ELU,
         parameters=(("alpha", 1.0),),
-        inverse=(device.elu_inverse, _elu_inverse),
+        inverse=(device.elu_inverse, _elu_inverse, lambda alpha: alpha > 0),
     ),
     "celu": Activation(device.celu, device.celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
     "selu": Activation(device.selu, device.selu_derivative, F.selu, nn.SELU),
@@ -100,7 +100,8 @@ ACTIVATIONS: dict[str, Activation] = {
         F.softplus,
         nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
-        inverse=(device.softplus_inverse, _softplus_inverse),
+        # Where it jumps to the straight line it must not jump over what a float32 tells apart.
+        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, threshold: beta > 0 and threshold >= 15),
     ),
     "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
     "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
@@ -208,4 +209,5 @@ def kept(name: str, parameters: tuple[float, ...], dtype: torch.dtype) -> Kept:
 
 def can_be_inverted(name: str, parameters: tuple[float, ...]) -> bool:
     """Whether z can be told from y."""
-    return ACTIVATIONS[name].inverse is not None and all(number > 0 for number in parameters[:1])
+    inverse = ACTIVATIONS[name].inverse
+    return inverse is not None and inverse[2](*parameters)

@@ -34,11 +34,12 @@ class Activated(nn.Module):
             cls.__init__ = own
 
     def _construct(
-        self, *args: Any, activation: None | str | nn.Module, memory_efficient: bool = False, **options: Any
+        self, *args: Any, activation: None | str | nn.Module, memory_efficient: bool = False, pads: bool = False,
+        **options: Any,
     ) -> None:  # fmt: skip
         name, numbers, _ = resolve(activation)
         if memory_efficient:
-            recovered.check(name, numbers, pads=False, adds=False)
+            recovered.check(name, numbers, pads, adds=False)
         super().__init__(*args, **options)
         self.activation = activation
         self.memory_efficient = memory_efficient
@@ -112,7 +113,7 @@ class Fused(Activated):
 
     def _construct(self, *args: Any, padding: int | tuple[int, ...], padding_mode: str, **options: Any) -> None:
         check_padding(padding, padding_mode, self._dims)
-        super()._construct(*args, **options)
+        super()._construct(*args, pads=padding != 0, **options)
         self.padding = padding
         self.padding_mode = padding_mode
 

@@ -14,8 +14,6 @@ from ..launching.keys import functorch_is_active, in_forward_mode, is_compiling,
 from ..spec import Operands, Spec
 from . import reference
 
-INVERTIBLE = tuple(name for name, row in ACTIVATIONS.items() if row.inverse is not None and name != "identity")
-
 #: By weight or, without one, by bias: at which of their versions x̂ was found to be left in y.
 _found: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -36,8 +34,9 @@ def check(name: str, parameters: tuple[float, ...], pads: bool, adds: bool) -> N
     if not can_be_inverted(name, parameters):
         numbers = f" of {', '.join(map(str, parameters))}" if parameters else ""
         raise ValueError(
-            "memory_efficient needs an activation whose input can be told from its output: expected None or one of "
-            f"{', '.join(INVERTIBLE)} with a positive number, but got {name}{numbers}"
+            "memory_efficient needs an activation whose input can be told from its output: expected None, leaky_relu "
+            "of a positive slope, elu of a positive alpha or softplus of a threshold of 15 or more, but got "
+            f"{name}{numbers}"
         )
     if pads or adds:
         raise ValueError(f"memory_efficient is for norms without {'padding' if pads else 'residual'}")
@@ -101,6 +100,9 @@ class _KeepsOutput(torch.autograd.Function):
         o = Operands(*operands)
         rstd = reference.rstd(spec, o)
         y = reference.call(spec, *o)
+        if y._is_view():
+            # A Function's result that is a view may not be written to.
+            y = y.new_empty(0).set_(y)
         ctx.spec, ctx.rstd = spec, rstd
         ctx.save_for_backward(y, o.weight, o.bias)
         return y
@@ -117,7 +119,7 @@ def _gradients(spec: Spec, o: Operands, rstd: Tensor, dy: Tensor) -> list[Tensor
     y, dtype = o.x, rstd.dtype
     limits = kept(spec.activation, spec.parameters, y.dtype)
     weight, bias = (None if p is None else p.to(dtype) for p in (o.weight, o.bias))
-    _, inverse = ACTIVATIONS[spec.activation].inverse
+    _, inverse, _ = ACTIVATIONS[spec.activation].inverse
     z = inverse(y.to(dtype), *(*spec.parameters, None, None)[:2], limits.least)
     normalized = z
     if bias is not None:
