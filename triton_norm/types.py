@@ -48,6 +48,7 @@ class Said(TypedDict, total=False):
 
     activation: ActivationLike
     dtype: torch.dtype | None
+    memory_efficient: bool
 
 
 class SaidOfChannels(Said, total=False):

@@ -89,7 +89,7 @@ def test_a_misspelt_keyword(name):
         CALLED[name]()
 
 
-NAMED = {"activation", "dtype", "residual", "unit_offset"}
+NAMED = {"activation", "dtype", "memory_efficient", "residual", "unit_offset"}
 PADS = {"padding", "padding_mode", "return_unpadded"}
 AFFINE = {"bias", "weight"}
 ROWS = {"pre_residual", "return_sum"}

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..activations import resolve
+from ..ops import recovered
 from ..ops.call import normalize
 from ..ops.checks import check_padding_mode, named
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result
@@ -26,6 +27,8 @@ def _renamed(function: FunctionType, name: str) -> FunctionType:
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
+    #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
+    memory_efficient: bool = False
     padding: Padding = 0
     padding_mode: PaddingMode = "zeros"
 
@@ -38,10 +41,16 @@ class Activated(nn.Module):
             if not is_own and isinstance(inherited, FunctionType):
                 setattr(cls, name, _renamed(inherited, f"{cls.__qualname__}.{name}"))
 
-    def _construct(self, *args: Any, activation: ActivationLike, **options: Any) -> None:
-        resolve(activation)
+    def _construct(
+        self, *args: Any, activation: ActivationLike, memory_efficient: bool = False, pads: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        name, numbers, _ = resolve(activation)
+        if memory_efficient:
+            recovered.check(name, numbers, pads, adds=False)
         super().__init__(*args, **options)
         self.activation = activation
+        self.memory_efficient = memory_efficient
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation" and not isinstance(value, nn.PReLU):
@@ -57,10 +66,10 @@ class Activated(nn.Module):
         count: Tensor | None = None, pre_residual: Tensor | None = None,
     ) -> Result:  # fmt: skip
         """One call, of kind, argument, use_stats and momentum, and of what is said at it: activation, padding,
-        padding_mode, return_unpadded, unit_offset, correction, dtype and return_sum. Where that is ``...``, the
-        module's own setting counts, read at every call, so that a changed one counts at once.
+        padding_mode, return_unpadded, unit_offset, correction, dtype, return_sum and memory_efficient. Where that is
+        ``...``, the module's own setting counts, read at every call, so that a changed one counts at once.
         """
-        activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, return_sum = said
+        activation, padding, mode, return_unpadded, unit_offset, correction, dtype, return_sum, efficient = said
         name, numbers, slope = resolve(self.activation if activation is ... else activation)
         if weight is ... or bias is ...:
             own_weight, own_bias = parameters_of(self)
@@ -69,8 +78,9 @@ class Activated(nn.Module):
         # In the order of a ``Spec``, which is only made where the call is not found.
         spec = asked + (
             self.eps, name, numbers, self.padding if padding is ... else padding,
-            self.padding_mode if padding_mode is ... else padding_mode, return_unpadded, unit_offset, correction,
-            dtype if dtype is None else named(dtype), return_sum,
+            self.padding_mode if mode is ... else mode, return_unpadded, unit_offset, correction,
+            dtype if dtype is None else named(dtype), return_sum, None,
+            self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
         return self._run(spec, input, weight, bias, residual, slope, mean, var, count, pre_residual)
 
@@ -81,6 +91,8 @@ class Activated(nn.Module):
         parts = [super().extra_repr()]
         if self.activation is not None and "activation" not in self._modules:
             parts.append(f"activation={self.activation!r}")
+        if self.memory_efficient:
+            parts.append("memory_efficient=True")
         return ", ".join(filter(None, parts))
 
 
@@ -92,7 +104,7 @@ class Fused(Activated):
 
     def _construct(self, *args: Any, padding: Padding, padding_mode: PaddingMode, **options: Any) -> None:
         check_padding(padding, padding_mode, self._dims)
-        super()._construct(*args, **options)
+        super()._construct(*args, pads=padding != 0, **options)
         self.padding = padding
         self.padding_mode = padding_mode
 

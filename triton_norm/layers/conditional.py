@@ -45,11 +45,15 @@ class AdaIN2d(Fused):
         activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
         return_unpadded: bool = False, unit_offset: bool = False, unbiased: bool | Own = ...,
         dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
         correction = int(self.unbiased if unbiased is ... else unbiased)
-        said = (activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, False)
+        said = (
+            activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, False,
+            memory_efficient,
+        )  # fmt: skip
         return self._call(("instance", None, True, 0.0), said, input, scale, shift, residual)
 
     def extra_repr(self) -> str:
@@ -98,6 +102,7 @@ class Conditional(BatchNorm):
         self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *,
         activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
         return_unpadded: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape[:1], labels=labels)
@@ -106,7 +111,7 @@ class Conditional(BatchNorm):
         return super().forward(
             input, residual, weight=self.scale(labels), bias=self.shift(labels), activation=activation,
             padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded, unit_offset=unit_offset,
-            dtype=dtype,
+            dtype=dtype, memory_efficient=memory_efficient,
         )  # fmt: skip
 
 
@@ -157,6 +162,7 @@ class SPADE2d(Fused):
         self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *,
         activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
         return_unpadded: bool = False, unit_offset: bool = True, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape, gamma=gamma, beta=beta)
@@ -166,4 +172,5 @@ class SPADE2d(Fused):
             padding=self.padding if padding is ... else padding,
             padding_mode=self.padding_mode if padding_mode is ... else padding_mode,
             return_unpadded=return_unpadded, unit_offset=unit_offset, dtype=dtype,
+            memory_efficient=memory_efficient,
         )  # fmt: skip

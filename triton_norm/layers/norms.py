@@ -49,10 +49,12 @@ class BatchNorm(Affine, _BatchNorm):
         activation: ActivationLike = None,
         padding: Padding = 0,
         padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     @overload
@@ -80,7 +82,7 @@ class BatchNorm(Affine, _BatchNorm):
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
         self._check_input_dim(input)
@@ -95,7 +97,7 @@ class BatchNorm(Affine, _BatchNorm):
         if momentum is None and count is None:
             momentum = 0.0
         use_stats = training or (mean is None and var is None)
-        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False)
+        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(
             ("batch", None, use_stats, momentum), said, input, weight, bias, residual, mean, var, count
         )  # fmt: skip
@@ -116,10 +118,12 @@ class InstanceNorm(Affine, _InstanceNorm):
         activation: ActivationLike = None,
         padding: Padding = 0,
         padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     @overload
@@ -148,6 +152,7 @@ class InstanceNorm(Affine, _InstanceNorm):
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
         unbiased: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         self._check_input_dim(input)
@@ -163,7 +168,10 @@ class InstanceNorm(Affine, _InstanceNorm):
             0.0 if self.momentum is None else self.momentum,
         )  # fmt: skip
         mean, var, _ = running_of(self)
-        said = (activation, padding, padding_mode, return_unpadded, unit_offset, int(unbiased), dtype, False)
+        said = (
+            activation, padding, padding_mode, return_unpadded, unit_offset, int(unbiased), dtype, False,
+            memory_efficient,
+        )  # fmt: skip
         y = self._call(asked, said, input, weight, bias, residual, mean, var)
         if not unbatched:
             return y
@@ -222,10 +230,12 @@ class GroupNorm(Affine, nn.GroupNorm):
         activation: ActivationLike = None,
         padding: Padding = 0,
         padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_groups, num_channels, eps, affine, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     @overload
@@ -253,10 +263,10 @@ class GroupNorm(Affine, nn.GroupNorm):
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.group_norm``, in place of the module's own."""
-        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False)
+        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(("group", self.num_groups, True, 0.0), said, input, weight, bias, residual)
 
 
@@ -276,8 +286,12 @@ class LayerNorm(Activated, nn.LayerNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: ActivationLike = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, bias, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
     @overload
     def forward(
@@ -301,10 +315,11 @@ class LayerNorm(Activated, nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None,
         return_sum: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
         asked = ("layer", self.normalized_shape, True, 0.0)
-        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum)
+        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(asked, said, input, weight, bias, residual, None, None, None, pre_residual)
 
 
@@ -320,8 +335,12 @@ class RMSNorm(Activated, nn.RMSNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: ActivationLike = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
     @overload
     def forward(
@@ -345,10 +364,11 @@ class RMSNorm(Activated, nn.RMSNorm):
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None, return_sum: bool = False,
         unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
         asked = ("rms", self.normalized_shape, True, 0.0)
-        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum)
+        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(asked, said, input, weight, ..., residual, None, None, None, pre_residual)
 
 
@@ -369,10 +389,12 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         activation: ActivationLike = None,
         padding: Padding = 0,
         padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_channels, eps, elementwise_affine, bias, device, dtype,
             activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
     @overload
@@ -397,9 +419,10 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
         bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
         check_4d(input)
         asked = ("channels", self.normalized_shape, True, 0.0)
-        said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False)
+        said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
         return self._call(asked, said, input, weight, bias, residual)
