@@ -1,20 +1,21 @@
 """Convolution blocks in which everything behind a convolution is one pass: norm, residual, activation, next padding."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import Parameter
 
+from ..types import ActivationLike, NormLayer, NormName, Padding, PaddingMode, Result
 from . import convert, norms
 from .convert import normalize
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvNormAct", "ResnetBlock"]
 
-NormLayer = Callable[[int], nn.Module]
 _NORMS = ("instance", "batch", "group", "none")
 
 
@@ -45,17 +46,17 @@ class ConvNormAct(nn.Module):
         kernel_size: int | tuple[int, ...],
         *,
         stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        padding_mode: str = "zeros",
+        padding: Padding | Literal["same", "valid"] = 0,
+        padding_mode: PaddingMode = "zeros",
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
-        dims: int = 2,
+        dims: Literal[1, 2, 3] = 2,
         transposed: bool = False,
         output_padding: int | tuple[int, ...] = 0,
-        norm: str | NormLayer = "instance",
-        activation: None | str | nn.Module = "relu",
-        pad_output: int | tuple[int, ...] = 0,
-        pad_output_mode: str = "reflect",
+        norm: NormName | NormLayer = "instance",
+        activation: ActivationLike = "relu",
+        pad_output: Padding = 0,
+        pad_output_mode: PaddingMode = "reflect",
     ) -> None:
         super().__init__()
         if dims not in (1, 2, 3):
@@ -73,14 +74,31 @@ class ConvNormAct(nn.Module):
         # Also checks the arguments.
         self.finish = convert.Elementwise(out_channels, dims, activation, pad_output, pad_output_mode)
 
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool) -> Result: ...
+
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
+        """``residual`` has the shape of the convolution's result."""
         finish = self.finish
         return normalize(
             self.norm, self.conv(input), residual, finish.activation, finish.padding, finish.padding_mode,
-            return_unpadded,
+            return_unpadded=return_unpadded,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Before the convolution's own turn, which then finds the parameter.
@@ -101,14 +119,16 @@ class ResnetBlock(nn.Module):
     """
 
     def __init__(
-        self, dim: int, padding_type: str = "reflect", norm_layer: NormLayer = norms.InstanceNorm2d,
-        use_dropout: bool = False, use_bias: bool = True,
+        self, dim: int, padding_type: Literal["reflect", "replicate", "zero"] = "reflect",
+        norm_layer: NormLayer = norms.InstanceNorm2d, use_dropout: bool = False, use_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        pads = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "zero": None}
+        pads: dict[str, Any] = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "zero": None}
         if padding_type not in pads:
             raise ValueError(f"unknown padding_type {padding_type!r}: expected one of {', '.join(map(repr, pads))}")
         #: What the input needs. A convolution pads with zeros by itself.
+        self.padding: int
+        self.padding_mode: PaddingMode
         self.padding, self.padding_mode = (0, "zeros") if padding_type == "zero" else (1, padding_type)
 
         def pad() -> list[nn.Module]:
@@ -123,7 +143,7 @@ class ResnetBlock(nn.Module):
 
     def forward(
         self, input: Tensor | tuple[Tensor, Tensor], *, pad_output: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         *layers, last = self.conv_block
         padded, plain = input if isinstance(input, tuple) else (None, input)
         y = plain
@@ -209,7 +229,7 @@ def _convolution(dims: int, transposed: bool) -> type[nn.Module]:
     return getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
 
 
-def _make_norm(norm: str | NormLayer, channels: int, dims: int) -> nn.Module:
+def _make_norm(norm: NormName | NormLayer, channels: int, dims: int) -> nn.Module:
     if callable(norm):
         return norm(channels)
     if norm in ("instance", "batch"):

@@ -5,15 +5,16 @@ that a norm took in are ``nn.Identity``, so that the numbers in the keys stay.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layers.blocks import NormLayer, ResnetBlock
+from ..layers.blocks import ResnetBlock
 from ..layers.convert import absorb, fuse_neighbours, is_plain, normalize, to_ours
 from ..layers.norms import BatchNorm2d
+from ..types import NormLayer
 
 __all__ = ["NLayerDiscriminator", "ResnetGenerator", "UnetGenerator"]
 
@@ -37,7 +38,8 @@ class ResnetGenerator(nn.Module):
 
     def __init__(
         self, input_nc: int, output_nc: int, ngf: int = 64, norm_layer: NormLayer = BatchNorm2d,
-        use_dropout: bool = False, n_blocks: int = 6, padding_type: str = "reflect", *, decoder: str = "transposed",
+        use_dropout: bool = False, n_blocks: int = 6, padding_type: Literal["reflect", "replicate", "zero"] = "reflect",
+        *, decoder: Literal["transposed", "upsample"] = "transposed",
     ) -> None:  # fmt: skip
         super().__init__()
         if decoder not in ("transposed", "upsample"):
@@ -72,12 +74,12 @@ class ResnetGenerator(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, last = self._blocks
-        layers = list(self.model)
+        layers: list[Any] = list(self.model)
         blocks = layers[first:last]
         x: Any = input
         for layer in layers[: first - 2]:
             x = layer(x)
-        x = self._enter(*layers[first - 2 : first], x, blocks)
+        x = self._enter(layers[first - 2], layers[first - 1], x, blocks)
         for i, block in enumerate(blocks):
             x = block(x, pad_output=i + 1 < len(blocks))
         for layer in layers[last:]:
@@ -85,7 +87,7 @@ class ResnetGenerator(nn.Module):
         return x
 
     @staticmethod
-    def _enter(norm: nn.Module, activation: nn.Module, x: Tensor, blocks: list[nn.Module]) -> Any:
+    def _enter(norm: Any, activation: nn.Module, x: Tensor, blocks: list[Any]) -> Any:
         """The last downsampling norm and its activation, padded for the first block."""
         if not blocks or not isinstance(activation, nn.Identity):
             return activation(norm(x))
@@ -128,7 +130,7 @@ class UnetSkipConnectionBlock(nn.Module):
     """
 
     def __init__(
-        self, outer_nc: int, inner_nc: int, input_nc: int | None = None, submodule: nn.Module | None = None,
+        self, outer_nc: int, inner_nc: int, input_nc: int | None = None, submodule: Any = None,
         outermost: bool = False, innermost: bool = False, norm_layer: NormLayer = BatchNorm2d,
         use_dropout: bool = False,
     ) -> None:  # fmt: skip
@@ -203,7 +205,7 @@ class DeformableConv2d(nn.Conv2d):
         self.mask = nn.Conv2d(in_channels, 9, 3, stride=2, padding=1)
         for conv in (self.offset, self.mask):
             nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is one
 
     def forward(self, input: Tensor) -> Tensor:
         return _deform_conv2d()(

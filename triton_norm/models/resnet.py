@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import norms
-from ..layers.blocks import BasicBlock, Bottleneck, NormLayer, _norm, shortcut
+from ..layers.blocks import BasicBlock, Bottleneck, _norm, shortcut
 from ..layers.convert import normalize
+from ..types import NormLayer
 
 __all__ = ["ResNet", "resnet18", "resnet45", "resnet50"]
 
@@ -23,7 +24,7 @@ class ResNet(nn.Module):
     """
 
     def __init__(
-        self, block: type[nn.Module], layers: Sequence[int], *, in_channels: int = 3, num_classes: int | None = 1000,
+        self, block: type[Any], layers: Sequence[int], *, in_channels: int = 3, num_classes: int | None = 1000,
         stem_width: int = 64, small_stem: bool = False, widths: Sequence[int] = (64, 128, 256, 512),
         strides: Sequence[int] = (1, 2, 2, 2), norm_layer: NormLayer = norms.BatchNorm2d, **options: Any,
     ) -> None:  # fmt: skip
