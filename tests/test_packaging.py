@@ -32,26 +32,6 @@ def test_ci_runs_the_commands_of_the_readme():
     assert "\nreadme_command .venv-test\n" in script
 
 
-def test_quick_start_runs(monkeypatch):
-    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
-    code = _python_examples()[0]
-    assert code.count("\n") <= 10
-    scope = {}
-    exec(code, scope)
-    assert scope["x"].grad is not None
-
-
-def test_fuse_example_runs(monkeypatch, capsys):
-    monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
-    (code,) = (code for code in _python_examples() if "tn.fuse(" in code)
-    exec(code, {})
-    assert "2: InstanceNorm2d + ReLU + ReflectionPad2d" in capsys.readouterr().out
-
-
-def _python_examples() -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-
-
 def test_metadata():
     assert PROJECT["scripts"] == {"triton-norm": "triton_norm.__main__:main"}
     assert PROJECT["requires-python"] == ">=3.10"
