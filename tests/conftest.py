@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, which has to be switched 
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,9 +25,13 @@ settings.register_profile(
 settings.load_profile("few")
 
 
+def on_a_gpu(config: pytest.Config) -> bool:
+    """Whether ``-m`` asks for tests that need a GPU. One that does not name them, as "not slow", leaves them out."""
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
-    if config.getoption("markexpr") != "gpu":
+    if not on_a_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
         # The tensors are too small to share between threads, and there is a process for every core.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +39,11 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not on_a_gpu(config):
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))
 
