@@ -5,6 +5,7 @@ Without a GPU the kernels run in Triton's interpreter, which has to be switched 
 """
 
 import os
+import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -39,11 +40,29 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 
 
+#: How many cases of a test, on each backend, are fast.
+FAST_CASES = 2
+
+
+def mark_most_cases_slow(items: list[pytest.Item]) -> None:
+    """Of a test that repeats itself over many cases a few stay fast, the same ones every time, wherever they lie."""
+    repeated: dict[tuple[str, str | None], list[pytest.Item]] = {}
+    for item in items:
+        on = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        repeated.setdefault((item.nodeid.split("[")[0], on), []).append(item)
+    for (name, on), cases in repeated.items():
+        fast = random.Random(f"{name} {on}").sample(range(len(cases)), min(FAST_CASES, len(cases)))
+        for at, item in enumerate(cases):
+            if at not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not on_a_gpu(config):
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    mark_most_cases_slow(items)
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))
 
