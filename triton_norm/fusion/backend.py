@@ -84,9 +84,7 @@ def _fuse(graph: fx.GraphModule) -> list[_Entry]:
             modules = dict(part.named_modules())
             chains = Finder(part.graph, modules).find(lambda _: "the compiler calls its module")
             entries += [_entry(chain, modules) for chain in reversed(chains)]
-            for chain in chains:
-                if chain.operations:
-                    replace(part.graph, chain)
+            replace(part.graph, [chain for chain in chains if chain.operations])
             part.graph.lint()
             part.recompile()
     return entries

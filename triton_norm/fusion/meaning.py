@@ -66,6 +66,11 @@ class Norm(NamedTuple):
     running_var: Node | None = None
 
     @property
+    def nodes(self) -> list[Node]:
+        """All that are the norm."""
+        return [self.node] if self.result is self.node else [self.node, self.result]
+
+    @property
     def operands(self) -> list[Node]:
         return [n for n in (self.x, self.weight, self.bias, self.running_mean, self.running_var) if n is not None]
 
