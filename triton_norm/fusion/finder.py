@@ -14,6 +14,7 @@ from ..spec import BY_CHANNEL, ROWS
 from . import meaning, trace
 from .meaning import Activation, Modules, Norm, described, example
 from .memory import Memory
+from .written import rms_norm_of
 
 
 @dataclass
@@ -68,9 +69,14 @@ class Chain:
         words = [described(node, modules) for node in self.operations]
         if self.gate is not None:
             words[-1 - (self.pad is not None)] = f"x * {described(self.gate, modules)}(x)"
-        words.insert(self.ahead is not None, described(self.norm.node, modules))
+        words.insert(self.ahead is not None, self.norm.words(modules))
         more = ", padded and plain" if self.pair else ", and the sum" if self.keeps_sum else ""
         return " + ".join(words) + more
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether there is more than one pass before: a norm that is written out is many."""
+        return bool(self.operations or self.norm.written)
 
     @property
     def reads(self) -> list[Node]:
@@ -111,7 +117,7 @@ class Finder:
         found, open_ = [], []
         # From the end: of two norms that are added, the later one finds the other's result ready.
         for node in reversed(self.nodes):
-            norm = meaning.norm_of(node, self.modules)
+            norm = meaning.norm_of(node, self.modules) or rms_norm_of(node)
             if norm is None:
                 continue
             reason = norm if isinstance(norm, str) else self._left(norm, why_not)
@@ -208,7 +214,7 @@ class Finder:
     def _stays(self, chain: Chain, reader: Node) -> bool:
         """Whether the norm can be computed where ``reader`` stands."""
         later = ((chain.product, chain.scale), (chain.add, chain.residual or chain.shift))
-        reads = [(chain.norm.node, chain.norm.operands), *((node, [n]) for node, n in later if node is not None)]
+        reads = [(chain.norm.nodes[0], chain.norm.operands), *((node, [n]) for node, n in later if node is not None)]
         if all(self.memory.unchanged(node, reader, tensors) for node, tensors in reads):
             return True
         chain.stayed = reader, "something between it and the norm may write into the norm's input"
