@@ -14,6 +14,7 @@ from ..spec import BY_CHANNEL, ROWS
 from . import meaning, trace
 from .meaning import Activation, Modules, Norm, described, example
 from .memory import Memory
+from .views import activations_first
 from .written import rms_norm_of
 
 
@@ -102,6 +103,7 @@ class Finder:
 
     def __post_init__(self) -> None:
         trace.follow_in_place(self.graph, self.modules)
+        activations_first(self.graph, self.modules)
         self.nodes = list(self.graph.nodes)
         self.memory = Memory(self.nodes, self.modules)
         self.order = self.memory.order
