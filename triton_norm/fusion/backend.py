@@ -84,22 +84,21 @@ def _fuse(graph: fx.GraphModule) -> list[_Entry]:
             modules = dict(part.named_modules())
             chains = Finder(part.graph, modules).find(lambda _: "the compiler calls its module")
             entries += [_entry(chain, modules) for chain in reversed(chains)]
-            for chain in chains:
-                if chain.operations:
-                    replace(part.graph, chain)
+            replace(part.graph, [chain for chain in chains if chain.is_fused])
             part.graph.lint()
             part.recompile()
     return entries
 
 
 def _entry(chain: Chain, modules: dict[str, nn.Module]) -> _Entry:
-    node, count = chain.norm.node, len(chain.operations)
-    module, path, cls = innermost(node)
-    name = described(node, modules)
+    norm, count = chain.norm, len(chain.operations)
+    module, path, cls = innermost(norm.node)
+    name = norm.name or described(norm.node, modules)
+    function = "" if cls is not None and name == cls.__name__ else norm.name or norm.node.name
     return _Entry(
-        module, path, "" if cls is not None and name == cls.__name__ else node.name,
-        chain.words(modules) if count else "",
-        f"{name}, {followed(chain.norm.result, modules)}",
+        module, path, function,
+        chain.words(modules) if chain.is_fused else "",
+        f"{norm.words(modules)}, {followed(norm.result, modules)}",
         "" if chain.stayed is None else f"{described(chain.stayed[0], modules)}: {chain.stayed[1]}",
         count + (chain.stayed is not None),
     )  # fmt: skip

@@ -288,7 +288,7 @@ class _Fuser(Exchange):
         for chain in chains:
             name = self.name(path, chain, inner)
             self.report.fused.setdefault(name, chain.words(inner))
-            replace(variant.graph, chain)
+        replace(variant.graph, chains)
         return bool(chains)
 
     def neighbours(self, layers: nn.Sequential) -> None:

@@ -143,12 +143,33 @@ def is_plain(norm: nn.Module) -> bool:
 
 def takes_padding(norm: nn.Module) -> bool:
     """Whether padding can be fused into this norm, torch's or ours: rows of features have no borders."""
-    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), (base.Fused, Elementwise))
+    return issubclass(_class_of(norm), (base.Fused, Elementwise))
 
 
 def takes_affine(norm: nn.Module) -> bool:
     """Whether this norm, torch's or ours, can be called with a weight and bias per sample and channel."""
-    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), base.Affine)
+    return issubclass(_class_of(norm), base.Affine)
+
+
+def rows_of(norm: nn.Module) -> tuple[int, ...] | None:
+    """The trailing dims that this norm, torch's or ours, is over; None of a norm of channels.
+
+    Such a norm can be called with a sum before it, and a weight per row.
+    """
+    if not issubclass(_class_of(norm), (norms.LayerNorm, norms.RMSNorm)):
+        return None
+    shape: Any = norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.weight.shape
+    return tuple(shape)
+
+
+def takes_bias(norm: nn.Module) -> bool:
+    """Whether this norm, torch's or ours, can be called with a bias."""
+    return not issubclass(_class_of(norm), norms.RMSNorm)
+
+
+def _class_of(norm: nn.Module) -> type[nn.Module]:
+    """Ours that the norm is, or becomes."""
+    return OURS.get(type(norm)) or known.base_of(norm) or type(norm)
 
 
 def dims_of(norm: nn.Module) -> int | None:
@@ -234,7 +255,7 @@ def normalize(
 @overload
 def normalize(
     norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: ActivationLike = None, padding: Padding = 0,
-    padding_mode: PaddingMode = "reflect", *, return_unpadded: bool,
+    padding_mode: PaddingMode = "reflect", return_unpadded: bool = False, **before: Any,
 ) -> Result: ...  # fmt: skip
 
 
@@ -246,15 +267,19 @@ def normalize(
     padding: Padding = 0,
     padding_mode: PaddingMode = "reflect",
     return_unpadded: bool = False,
+    **before: Any,
 ) -> Result:
-    """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other."""
+    """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other.
+
+    ``before`` is what one of ours over trailing dims is told of a sum before it.
+    """
     if is_ours(norm) and takes_padding(norm):
         return norm(
             x, residual, activation=activation, padding=padding, padding_mode=padding_mode,
             return_unpadded=return_unpadded,
         )  # fmt: skip
     if is_ours(norm):
-        y = norm(x, residual, activation=activation)
+        y = norm(x, residual, activation=activation, **before)
     else:
         y = norm(x)
         y = resolve(activation)(y if residual is None else y + residual)

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ..types import TunerMode
 from . import failures, measure, settings, table
 from .candidates import candidates
 from .failures import Failed
@@ -94,11 +95,12 @@ def _spender() -> "Block | _State":
 def _left() -> float:
     """Seconds that may still be spent on measuring."""
     block = settings.budgeted()
-    return (settings.budget() if block is None else block.budget) - _spender().spent
+    budget = None if block is None else block.budget
+    return (settings.budget() if budget is None else budget) - _spender().spent
 
 
 @contextmanager
-def mode(value: str | int, budget: float | None = None) -> Iterator[None]:
+def mode(value: TunerMode, budget: float | None = None) -> Iterator[None]:
     """Inside the block the mode is ``"0"``, ``"1"`` or ``"full"`` in this process, whatever the environment says.
 
     With ``budget``, so many seconds (``math.inf``: as long as it takes) may be spent on measuring inside the block.
@@ -135,7 +137,7 @@ def choosing(choose: Callable[[Problem], Plan | None]) -> Iterator[None]:
 
 def path() -> Path:
     """The user's table. Raises OSError where there is no home directory."""
-    folder = os.environ.get("TRITON_NORM_CACHE_DIR")
+    folder: str | Path | None = os.environ.get("TRITON_NORM_CACHE_DIR")
     if not folder:
         cache = os.environ.get("XDG_CACHE_HOME", "")
         try:
