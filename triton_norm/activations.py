@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels import activations as device
 
@@ -22,7 +22,7 @@ class Activation:
     value: Any
     derivative: Any
     #: ``torch(z, *parameters)`` is the same function on tensors, differentiable.
-    torch: Callable[..., torch.Tensor]
+    torch: Callable[..., Tensor]
     #: The ``torch.nn`` class an instance of which selects this row ...
     module: type[nn.Module] | None = None
     #: ... and the attribute value that tells it from another row of the same class.
@@ -32,22 +32,22 @@ class Activation:
     #: Where the derivative has two values only: ``levels(*parameters) == (on, off)``. One bit then stands for z.
     levels: Callable[..., tuple[float, float]] | None = None
     #: From y to z: on the device, on tensors, and for which parameters there is such a function.
-    inverse: tuple[Any, Callable[..., torch.Tensor], Callable[..., bool]] | None = None
+    inverse: tuple[Any, Callable[..., Tensor], Callable[..., bool]] | None = None
 
 
 def _on_off(*_: float) -> tuple[float, float]:
     return 1.0, 0.0
 
 
-def _leaky_relu_inverse(y: torch.Tensor, slope: float, _: float | None, least: float) -> torch.Tensor:
+def _leaky_relu_inverse(y: Tensor, slope: float, _: float | None, least: float) -> Tensor:
     return torch.where(y > 0, y, y / slope)
 
 
-def _elu_inverse(y: torch.Tensor, alpha: float, _: float | None, least: float) -> torch.Tensor:
+def _elu_inverse(y: Tensor, alpha: float, _: float | None, least: float) -> Tensor:
     return torch.where(y > 0, y, torch.log1p((y.clamp(max=0.0) / alpha).clamp(min=least - 1.0)))
 
 
-def _softplus_inverse(y: torch.Tensor, beta: float, threshold: float, least: float) -> torch.Tensor:
+def _softplus_inverse(y: Tensor, beta: float, threshold: float, least: float) -> Tensor:
     s = (y * beta).clamp(min=least)
     return torch.where(s > threshold, y, (s + torch.log(-torch.expm1(-s))) / beta)
 
@@ -135,9 +135,9 @@ class Resolved(NamedTuple):
 
     name: str
     parameters: tuple[float, ...] = ()
-    slope: torch.Tensor | None = None
+    slope: Tensor | None = None
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor) -> Tensor:
         tensors = () if self.slope is None else (self.slope,)
         return ACTIVATIONS[self.name].torch(z, *self.parameters, *tensors)
 
@@ -157,7 +157,7 @@ _BY_ONLY_CLASS = {
 }
 
 
-def resolve(activation: None | str | nn.Module) -> Resolved:
+def resolve(activation: Any) -> Resolved:
     """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
 
     Raises ``ValueError`` listing what is supported for anything else; a subclass of a ``torch.nn`` activation

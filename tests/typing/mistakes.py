@@ -28,4 +28,3 @@ def mistakes(norm: tn.BatchNorm2d, block: tn.ConvNormAct, anything: Any) -> None
     F.layer_norm(x, (8,), return_unpadded=True)  # No overload variant
     F.layer_norm(x, (8,), return_sum=True).sum()  # has no attribute "sum"
     tn.fuse(x)  # Value of type variable "T" of "fuse" cannot be "Tensor"
-    tn.fuse(norm).fc  # has no attribute "fc"
