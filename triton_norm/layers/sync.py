@@ -89,6 +89,13 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
 
         Parameters and buffers are shared with the norms that are replaced. In a ``SPADE2d`` the norm inside is; a
         ``ConditionalBatchNorm2d`` keeps its embeddings.
+
+        Args:
+            module: Any ``nn.Module``.
+            process_group: Of the new norms; by default all ranks.
+
+        Returns:
+            ``module``, or what a norm became that is itself ``module``.
         """
         converted = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

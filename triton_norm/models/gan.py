@@ -26,14 +26,30 @@ def _wants_bias(norm_layer: NormLayer) -> bool:
 
 
 class ResnetGenerator(nn.Module):
-    """Two downsampling convolutions, ``n_blocks`` residual blocks, two upsampling ones; (N, C, H, W), H and W by 4.
+    """Two downsampling convolutions, ``n_blocks`` residual blocks, two upsampling ones.
 
-    ``norm_layer`` is a norm's class or a ``functools.partial`` of one; ``padding_type`` of the residual blocks is
-    "reflect", "replicate" or "zero". ``decoder`` is "transposed" for transposed convolutions, or "upsample" for
-    bilinear upsampling before a reflect-padded convolution.
+    x (N, input_nc, H, W), H and W divisible by 4, becomes (N, output_nc, H, W). The norm before the first block and
+    each block's second norm write the next block's padded input and the plain tensor for its skip in one pass.
 
-    The norm before the first block and each block's second norm write the next block's padded input and the plain
-    tensor for its skip in one pass.
+    Args:
+        input_nc, output_nc: Channels of x and of the result.
+        ngf: Channels of the first convolution's result.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_dropout: Whether the blocks have a dropout of 0.5.
+        n_blocks: How many residual blocks there are.
+        padding_type: Of the residual blocks: "reflect", "replicate" or "zero".
+        decoder: "transposed" for transposed convolutions, or "upsample" for bilinear upsampling before a reflect-padded
+            convolution.
+
+    Raises:
+        ValueError: For an unknown ``decoder`` or ``padding_type``, or a negative ``n_blocks``.
+
+    Example:
+        >>> generator = tn.models.ResnetGenerator(3, 3, ngf=8, norm_layer=nn.InstanceNorm2d, n_blocks=2)
+        >>> generator(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+
+    Zhu et al., "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks" (2017).
     """
 
     def __init__(
@@ -98,8 +114,24 @@ class ResnetGenerator(nn.Module):
 class UnetGenerator(nn.Module):
     """An encoder of ``num_downs`` strided convolutions and a decoder with skips; 2 ** num_downs pixels become 1x1.
 
-    x is (N, input_nc, H, W) with H and W divisible by 2 ** num_downs; ``num_downs`` is at least 5. ``use_dropout``
-    drops half of the decoder's innermost full-width layers.
+    x (N, input_nc, H, W), H and W divisible by 2 ** num_downs, becomes (N, output_nc, H, W).
+
+    Args:
+        input_nc, output_nc: Channels of x and of the result.
+        num_downs: At least 5.
+        ngf: Channels of the first convolution's result.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_dropout: Whether half of the decoder's innermost full-width layers is dropped.
+
+    Raises:
+        ValueError: For a ``num_downs`` below 5.
+
+    Example:
+        >>> generator = tn.models.UnetGenerator(3, 3, num_downs=5, ngf=8).eval()
+        >>> generator(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017).
     """
 
     def __init__(
@@ -164,9 +196,23 @@ class UnetSkipConnectionBlock(nn.Module):
 class NLayerDiscriminator(nn.Module):
     """The PatchGAN discriminator: x (N, input_nc, H, W) becomes (N, 1, h, w), one score per patch.
 
-    ``n_layers`` strided convolutions of 4x4, LeakyReLU(0.2); ``norm_layer`` is a norm's class or a
-    ``functools.partial`` of one; ``use_sigmoid`` squashes the scores. ``deformable`` makes the first convolution a
-    ``DeformableConv2d`` of 3x3, which needs torchvision.
+    Args:
+        input_nc: Channels of x.
+        ndf: Channels of the first convolution's result.
+        n_layers: How many convolutions of 4x4 with LeakyReLU(0.2) have a stride.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_sigmoid: Whether the scores are squashed.
+        deformable: Whether the first convolution is a modulated deformable one of 3x3, which needs torchvision.
+
+    Raises:
+        ImportError: Where ``deformable`` has no torchvision.
+
+    Example:
+        >>> discriminator = tn.models.NLayerDiscriminator(3, ndf=8)
+        >>> discriminator(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 6, 6])
+
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017).
     """
 
     def __init__(

@@ -93,6 +93,15 @@ def _entry(plan: Any, us: float, heuristic_us: float | None, measured: int, full
     return Entry(made, *times, int(measured), bool(full))
 
 
+def signature(file: Path) -> tuple | None:
+    """What changes with the file; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
 def text(path: Path) -> str:
     """What a file holds, which must be a regular one. Raises OSError and, where it is not text, ValueError."""
     # Opening a pipe without this waits for someone who writes to it.
