@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -28,12 +28,15 @@ def _renamed(function: FunctionType, name: str) -> FunctionType:
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
+    if TYPE_CHECKING:  # annotations of a module's class are also what ``torch.jit`` reads
+        activation: ActivationLike
+        eps: Any
+        padding: Padding
+        padding_mode: PaddingMode
     #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
-    memory_efficient: bool = False
-    activation: ActivationLike
-    eps: Any
-    padding: Padding = 0
-    padding_mode: PaddingMode = "zeros"
+    memory_efficient = False
+    padding = 0
+    padding_mode = "zeros"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -125,8 +128,9 @@ class Fused(Activated):
 class Affine(Fused):
     """The same with ``bias=``, which older releases of torch do not have on all of these modules."""
 
-    weight: Any
-    bias: Any
+    if TYPE_CHECKING:
+        weight: Any
+        bias: Any
 
     def _construct(self, *args: Any, bias: bool, **options: Any) -> None:  # type: ignore[override]
         if "bias" in inspect.signature(super().__init__).parameters:

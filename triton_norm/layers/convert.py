@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +42,9 @@ class Elementwise(nn.Module):
     For x (N, C, *spatial) or, unbatched, (C, *spatial) with ``dims`` spatial dims.
     """
 
-    _mean: Tensor
-    _var: Tensor
+    if TYPE_CHECKING:
+        _mean: Tensor
+        _var: Tensor
 
     def __init__(
         self,
