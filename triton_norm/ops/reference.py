@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
     x, *rest, pre_residual = operands
     if pre_residual is not None:
         total = (x + pre_residual).to(x.dtype)
-        y = call(spec.but(return_sum=False), total, *rest, None)
+        y: Any = call(spec.but(return_sum=False), total, *rest, None)
         return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
@@ -177,9 +178,8 @@ def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Te
     z = affine(z, 1 + weight if spec.unit_offset and weight is not None else weight, bias, kind)
     if residual is not None:
         z = z + residual.to(dtype)
-    if activation is None:
-        activation = Resolved(spec.activation, spec.parameters, slope)
-    return activation(z).to(spec.result(x))
+    apply = Resolved(spec.activation, spec.parameters, slope) if activation is None else activation
+    return apply(z).to(spec.result(x))
 
 
 def _deviations(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
