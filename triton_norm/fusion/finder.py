@@ -1,4 +1,4 @@
-"""Finds (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph, of modules or of functions."""
+"""Finds (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph of modules and functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
