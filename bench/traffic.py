@@ -16,8 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from triton_norm import autotune
 from triton_norm.cli.demo import DTYPES, Progress, table
@@ -31,7 +29,7 @@ from triton_norm.tuning.plan import MOST_CTAS, Device, Plan
 from . import common, passes, shapes
 from .clusters import clusters
 from .common import Parser, UserError
-from .counting import counting
+from .counting import Operators, counting
 from .layers import Fused, build, parameter_dtype
 from .shapes import Shape
 
@@ -46,26 +44,6 @@ TOTAL = "total"
 DEVICE = Device(cluster=MOST_CTAS)
 
 Row = dict[str, object]
-
-
-class _Operators(TorchDispatchMode):
-    """Bytes of PyTorch's own operators, each of whose tensors counts once; views and allocations count nothing."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[tuple[str, int, int]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if not (
-            func.namespace == "triton_norm" or func.is_view or "empty" in func.__name__ or "detach" in func.__name__
-        ):
-            read, written = (
-                sum(leaf.numel() * leaf.itemsize for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
-                for tree in ((args, kwargs), result)
-            )
-            self.found.append((f"aten.{func.__name__}", read, written))
-        return result
 
 
 def _plans(shape: Shape, dtype: torch.dtype) -> tuple[Plan, ...]:
@@ -131,10 +109,9 @@ def measure(shape: Shape, dtype: torch.dtype) -> dict[str, list[tuple[str, int, 
     found = {}
 
     def count(direction: str, function):
-        with _Operators() as others, counting() as count:
+        with counting() as count, Operators() as others:
             result = function()
-        kernels = [(one.kernel, one.read, one.written) for one in count.launches]
-        found[direction] = kernels + others.found
+        found[direction] = [(one.kernel, one.read, one.written) for one in (*count.launches, *others.launches)]
         return result
 
     outputs = count("forward", lambda: layer(*inputs))

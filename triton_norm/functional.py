@@ -31,6 +31,7 @@ def batch_norm(
     return_unpadded: bool = False,
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``pad(activation(batch_norm(input) * weight + bias + residual))`` in one pass over ``input`` (N, C, *spatial).
 
@@ -41,13 +42,21 @@ def batch_norm(
     ``dtype`` is the result's, by default the input's; ``residual`` may have that too. It is written in the same pass,
     from statistics in float32, and gradients have the dtypes of what they are gradients of.
 
+    With ``memory_efficient`` the backward pass starts from the result, and the input is not kept for it: z, the
+    activation's input, is its inverse of the result, and the normalized input (z - ``bias``) / ``weight``. Without
+    activation or with ``leaky_relu`` of a positive slope, ``elu`` or ``softplus``, and without residual and padding.
+    Gradients then also have the rounding of the result: in float16 and bfloat16 some 10 times that of ``input``.
+    Where a result has another dtype than the input, the input is kept. They are not differentiated again; nor is a
+    weight taken below the square root of the dtype's rounding times its bias: that is a ``RuntimeError``, on a GPU from
+    the device.
+
     Raises torch's own errors, and ``ValueError`` for an unsuitable residual, activation or padding mode; running
     statistics are unchanged then.
     """
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "batch", None, training, momentum, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
-        0, named(dtype),
+        0, named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
 
@@ -70,6 +79,7 @@ def instance_norm(
     unit_offset: bool = False,
     unbiased: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``pad(activation(instance_norm(input) * weight + bias + residual))`` in one pass over ``input``.
 
@@ -80,7 +90,7 @@ def instance_norm(
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "instance", None, use_input_stats, momentum, eps, name, numbers, padding, padding_mode, return_unpadded,
-        unit_offset, int(unbiased), named(dtype),
+        unit_offset, int(unbiased), named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
 
@@ -99,6 +109,7 @@ def group_norm(
     return_unpadded: bool = False,
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``pad(activation(group_norm(input) * weight + bias + residual))`` in one pass over ``input`` (N, C, *spatial).
 
@@ -108,7 +119,7 @@ def group_norm(
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "group", num_groups, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
-        0, named(dtype),
+        0, named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 
@@ -126,6 +137,7 @@ def layer_norm(
     return_sum: bool = False,
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``activation(layer_norm(input + pre_residual) * weight + bias + residual)`` in one pass over ``input``.
 
@@ -149,7 +161,7 @@ def layer_norm(
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
-        return_sum=return_sum,
+        return_sum=return_sum, memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, None, None, None, pre_residual)
 
@@ -166,6 +178,7 @@ def rms_norm(
     return_sum: bool = False,
     unit_offset: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``activation(rms_norm(input + pre_residual) * weight + residual)`` in one pass over ``input``.
 
@@ -175,7 +188,7 @@ def rms_norm(
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
-        return_sum=return_sum,
+        return_sum=return_sum, memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, None, residual, slope, None, None, None, pre_residual)
 
@@ -193,12 +206,13 @@ def channel_norm(
     padding_mode: str = "reflect",
     return_unpadded: bool = False,
     dtype: torch.dtype | None = None,
+    memory_efficient: bool = False,
 ) -> Result:
     """``layer_norm`` over dim 1 of ``input`` (N, C, *spatial), with ``normalized_shape`` (C,), and with padding."""
     name, numbers, slope = resolve(activation)
     spec = Spec(
         "channels", normalized_shape, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded,
-        dtype=named(dtype),
+        dtype=named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
     return normalize(spec, input, weight, bias, residual, slope, None, None, None)
 

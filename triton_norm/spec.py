@@ -64,6 +64,8 @@ class Spec(NamedTuple):
     return_sum: bool = False
     #: Of "batch" alone: the name of the process group whose ranks take their statistics together.
     process_group: str | None = None
+    #: Whether the backward pass is to start from the result and not from x, which is not kept then.
+    memory_efficient: bool = False
 
     def width(self, shape: Sequence[int]) -> int:
         """Channels in a group, or elements in a row of trailing dims; 0 of the other kinds."""

@@ -13,7 +13,21 @@ import pytest
 import torch
 from torch import nn
 
-from bench import contenders, host, kernels, layers, passes, plot, readme, roofline, run, session, shapes, traffic
+from bench import (
+    contenders,
+    host,
+    kernels,
+    layers,
+    passes,
+    plot,
+    readme,
+    roofline,
+    run,
+    session,
+    shapes,
+    traffic,
+    traffic_plot,
+)
 from bench.offline import Report
 from bench.shapes import Shape
 from triton_norm.kernels.structs import Block, Norm
@@ -368,22 +382,28 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-SECTIONS = ("clusters", "host", "kernels", "modelled", "times", "traffic")
-README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
+def write_pages(root):
+    """README.md and docs/measurements.md with old sections."""
+    (root / "docs").mkdir(parents=True)
+    for name, sections in readme.PAGES.items():
+        old = "\n".join(f"{readme.BEGIN.format(section)}\nold\n{readme.END.format(section)}" for section in sections)
+        (root / name).write_text(f"before\n{old}\nafter\n")
 
 
 def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
-    page, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(page), "--results", str(results)]
-    page.write_text(f"before\n{README}\nafter\n")
+    short, page, results = tmp_path / "README.md", tmp_path / "docs" / "measurements.md", tmp_path / "results"
+    arguments = ["--root", str(tmp_path), "--results", str(results)]
+    write_pages(tmp_path)
     assert readme.main([*arguments, "--check"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [f"{path} is out of date: run python -m bench.readme" for path in (short, page)]
     assert readme.main(arguments) == 0
     assert readme.main([*arguments, "--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert readme.NOTHING in text
-    assert "old" not in text
+    for text in (short.read_text(), page.read_text()):
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert readme.NOTHING in text
+        assert "old" not in text
 
     (results / "imagined").mkdir(parents=True)
     (results / "imagined" / "run.json").write_text(json.dumps(gpu_results()))
@@ -394,8 +414,10 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert "Imagined GPU" in text
     assert "driver 1.2.3" in text
     assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
-    assert "](results/imagined/speedup.png)" in text
+    assert "](../results/imagined/speedup.png)" in text
     assert "memory.png" not in text
+    assert "- Imagined GPU, speed-up over eager, geometric means over the shapes: float16 " in short.read_text()
+    assert readme.NOTHING not in short.read_text()
 
     row = {"target": "sm_75", "kernel": "normalize", "dtype": "float32", "registers": 40, "spills": 0, "shared": 512}
     row |= {"verdict": "ok", "first_shape": "a-shape"}
@@ -420,7 +442,39 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert f"| `{pattern}` | 1 | 1.5-1.5 | {reason} |\n| a-shape strange | 1 | 2.2 | unexplained |" in text
 
 
-def test_the_readme_is_up_to_date():
+def test_readme_tells_bytes_and_host_times_in_brief(tmp_path, capsys):
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--root", str(tmp_path), "--results", str(results)]
+    write_pages(tmp_path)
+    results.mkdir()
+    row = {"shape": "a-shape", "what": "a norm", "direction": "forward", "kernel": traffic_plot.TOTAL, "launches": 1}
+    rows = [row | {"bytes": 5, "minimum": 4, "eager": 10}, row | {"shape": "b", "bytes": 4, "minimum": 4, "eager": 32}]
+    rows += [row | {"direction": "backward", "bytes": 6, "minimum": 6, "eager": 18}]
+    traffic.common.write_csv(results / "traffic.csv", traffic.FIELDS, rows)
+    bare = {"layer": "bare Triton launch", "total_us": 10.0}
+    both = {"direction": "both", "layer": "fast", "total_us": 50.4, "unfused_us": 90.0}
+    forward = both | {"direction": "forward", "no_grad_us": 3}
+    slow = [line | {"layer": "slow", "unfused_us": 40.0} for line in (both, forward)]
+    fields = ("layer", "direction", "total_us", "unfused_us", "no_grad_us")
+    host.common.write_csv(results / "host-triton-1.2.csv", fields, [bare, both, forward, *slow])
+    assert readme.main(arguments) == 0
+    text = " ".join(page.read_text().split())
+    assert "shapes, geometric means: than PyTorch eager 4.0 times fewer bytes forward (2.0 to 8.0), 1.12 times" in text
+    assert "; 3.0 times fewer bytes backward (3.0 to 3.0), 1.00 times the fewest possible." in text
+    assert "With Triton 1.2, forward + backward: - less than PyTorch's operators: fast (50 against 90 µs);" in text
+    assert "- as much or more: slow (50 against 40 µs)." in text
+    # The picture is not there, then drawn from these counts, then from others.
+    assert "bytes.png is out of date: run python -m bench.traffic_plot" in capsys.readouterr().err
+    assert readme.main([*arguments, "--check"]) == 1
+    picture = tmp_path / "docs" / "images" / "bytes.png"
+    assert traffic_plot.main(["--counts", str(results / "traffic.csv"), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert readme.main([*arguments, "--check"]) == 0
+    traffic.common.write_csv(results / "traffic.csv", traffic.FIELDS, [*rows, row | {"kernel": "normalize"}])
+    assert readme.main([*arguments, "--check"]) == 1
+
+
+def test_the_pages_are_up_to_date():
     assert readme.main(["--check"]) == 0
 
 
@@ -535,7 +589,7 @@ def test_what_does_not_compile_or_fit_is_a_fault():
 
 
 SCRIPTS = {"run": run, "plot": plot, "traffic": traffic, "kernels": kernels, "host": host, "session": session,
-           "readme": readme}  # fmt: skip
+           "readme": readme, "traffic_plot": traffic_plot}  # fmt: skip
 BAD = {
     "run group": ("run", ["--groups", "gan"], "argument --groups: unknown group 'gan': expected one of cyclegan, "),
     "run dtype": ("run", ["--dtypes", "float64"], "unknown dtype 'float64'"),
@@ -558,9 +612,12 @@ BAD = {
     "plot other JSON": ("plot", ["other.json"], "other.json is not a results file of bench.run"),
     "plot no rows": ("plot", ["empty.json"], "there is no measured row in this file"),
     "plot dtype": ("plot", ["run.json", "--dtype", "int8"], "no rows of int8 in this file: it has float16"),
-    "readme no page": ("readme", ["--readme", "nowhere"], "cannot read nowhere: No such file"),
-    "readme no section": ("readme", ["--readme", "file"], "the README has no section <!-- times"),
-    "readme CPU results": ("readme", ["--readme", "page", "--results", "results"], "was not measured on a GPU"),
+    "readme no page": ("readme", ["--root", "nowhere"], "cannot read nowhere/README.md: No such file"),
+    "readme no section": ("readme", ["--root", "bare"], "bare/README.md has no section <!-- speed-ups"),
+    "readme CPU results": ("readme", ["--root", "root", "--results", "results"], "was not measured on a GPU"),
+    "picture no counts": ("traffic_plot", ["--counts", "nowhere"], "cannot read nowhere: No such file"),
+    "picture no totals": ("traffic_plot", ["--counts", "counts.csv"], "counts.csv has no totals"),
+    "picture out": ("traffic_plot", ["--out", "file/x.png"], "cannot make the directory file: "),
     "session no out": ("session", [], "required: --out"),
     "session no GPU": ("session", ["--out", "x"], "PyTorch sees no GPU here; --device cpu makes a dry run"),
     "session minutes": ("session", ["--out", "x", "--minutes=-1"], "expected a number above zero, but got '-1'"),
@@ -573,7 +630,10 @@ def test_bad_input_is_one_line(script, arguments, message, tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("no JSON")
     (tmp_path / "other.json").write_text("[]")
-    (tmp_path / "page").write_text(README)
+    (tmp_path / "counts.csv").write_text("shape,what,kernel\n")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "README.md").write_text("nothing")
+    write_pages(tmp_path / "root")
     (tmp_path / "run.json").write_text(json.dumps(gpu_results()))
     (tmp_path / "empty.json").write_text(json.dumps(gpu_results() | {"rows": []}))
     (tmp_path / "results" / "cpu").mkdir(parents=True)

@@ -75,9 +75,9 @@ def test_fuse(network):
     assert len(report.stayed) == report.remaining
 
 
-def test_readme():
+def test_the_page():
     """The page's figures are those that the networks are tested for."""
-    page = (Path(tn.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    page = (Path(tn.__file__).parents[1] / "docs" / "fusing.md").read_text(encoding="utf-8")
     seen, captured, stay = map(sum, zip(*[
         (n.operations, n.operations if n.captured is None else n.captured, n.stay) for n in networks.NETWORKS.values()
     ], strict=True))  # fmt: skip

@@ -288,8 +288,8 @@ def test_launches_of_a_training_step(name, layout):
     y, forward = cpu_launches(lambda: module(x, residual=residual), interpreted=True)
     dy = torch.randn_like(y)
     _, backward = cpu_launches(lambda: torch.autograd.grad(y, leaves, dy), interpreted=True)
-    assert forward == (0, expected[0])
-    assert backward == (0, expected[1])
+    assert (len(forward.operators), len(forward.triton)) == (0, expected[0])
+    assert (len(backward.operators), len(backward.triton)) == (0, expected[1])
     with counting() as count:
         y = module(x, residual=residual)
     with counting() as again:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, kept
 from ..geometry import Geometry, view
 from ..kernels import tl
 from ..kernels.padding import MODES, places
@@ -43,6 +43,8 @@ class Tiling:
     per_channel: bool
     #: The GPU's number, None for the CPU.
     device: int | None
+    #: What x is stored in.
+    stored: torch.dtype
 
     @cached_property
     def row_blocks(self) -> int:
@@ -152,7 +154,7 @@ def cut(
     )  # fmt: skip
     plan = plans(problem)
     folded = geometry.folded(plan.fold) if plan.fold > 1 else geometry
-    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index)
+    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index, x.dtype)
 
 
 class Tuned:
@@ -191,6 +193,14 @@ def on_trial(problem: Problem, plan: Plan) -> Planner:
         return plan if other.key == problem.key else replace(other.work, device=problem.work.device).heuristic()
 
     return planner
+
+
+def recovery(spec: Spec, y: torch.dtype) -> tuple:
+    """INVERSE, LIMIT, FLOOR and LEAST, where y of that dtype was kept in place of x."""
+    if not spec.memory_efficient:
+        return None, None, None, None
+    row = ACTIVATIONS[spec.activation]
+    return row.inverse[0], *kept(spec.activation, spec.parameters, y)
 
 
 def numbers(spec: Spec) -> tuple:

@@ -1,13 +1,16 @@
 """Norms whose affine is not a parameter but comes with the call: from a style, from labels, or from a map."""
 
-from typing import Any, ClassVar
+from __future__ import annotations
+
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from .base import Fused
 from .checks import check_4d, check_shapes
-from .norms import BatchNorm, BatchNorm2d, InstanceNorm, InstanceNorm2d
+from .norms import BatchNorm, BatchNorm2d, InstanceNorm2d
 from .sync import SyncBatchNorm
 
 __all__ = ["AdaIN2d", "ConditionalBatchNorm2d", "SPADE2d"]
@@ -20,7 +23,6 @@ class AdaIN2d(Fused):
     padding.
     """
 
-    _extras: ClassVar[frozenset[str]] = InstanceNorm._extras
     _dims = 2
 
     def __init__(
@@ -29,9 +31,9 @@ class AdaIN2d(Fused):
         eps: float = 1e-5,
         *,
         unbiased: bool = False,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         self._construct(activation=activation, padding=padding, padding_mode=padding_mode)
         self.num_features = num_features
@@ -39,13 +41,20 @@ class AdaIN2d(Fused):
         self.unbiased = unbiased
 
     def forward(
-        self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, **fused: Any
-    ) -> Tensor:
-        """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
+        self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *,
+        activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
+        return_unpadded: bool = False, unit_offset: bool = False, unbiased: bool | Own = ...,
+        dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
-        fused = {"weight": scale, "bias": shift, "unbiased": self.unbiased, **fused}
-        return self._call_with(("instance", None, True, 0.0), input, residual, fused, None, None, None)
+        correction = int(self.unbiased if unbiased is ... else unbiased)
+        said = (
+            activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, False,
+            memory_efficient,
+        )  # fmt: skip
+        return self._call(("instance", None, True, 0.0), said, input, scale, shift, residual)
 
     def extra_repr(self) -> str:
         own = f"{self.num_features}, eps={self.eps}" + (", unbiased=True" if self.unbiased else "")
@@ -69,9 +78,9 @@ class Conditional(BatchNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         super().__init__(
             num_features, eps, momentum, False, track_running_stats, device=device, dtype=dtype,
@@ -89,13 +98,21 @@ class Conditional(BatchNorm):
             nn.init.ones_(self.scale.weight)
             nn.init.zeros_(self.shift.weight)
 
-    def forward(self, input: Tensor, labels: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
-        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
+    def forward(
+        self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *,
+        activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
+        return_unpadded: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape[:1], labels=labels)
         if labels.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"labels must be int32 or int64, but got {labels.dtype}")
-        return super().forward(input, residual, weight=self.scale(labels), bias=self.shift(labels), **fused)
+        return super().forward(
+            input, residual, weight=self.scale(labels), bias=self.shift(labels), activation=activation,
+            padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded, unit_offset=unit_offset,
+            dtype=dtype, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
 
 class ConditionalBatchNorm2d(Conditional, nn.BatchNorm2d):
@@ -119,21 +136,20 @@ class SPADE2d(Fused):
     Fused are activation, residual and padding.
     """
 
-    _extras: ClassVar[frozenset[str]] = BatchNorm._extras
     _dims = 2
 
     def __init__(
         self,
         num_features: int,
-        norm: str = "batch",
+        norm: Literal["batch", "instance", "syncbatch"] = "batch",
         eps: float = 1e-5,
         momentum: float | None = 0.1,
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         norms = {"batch": BatchNorm2d, "instance": InstanceNorm2d, "syncbatch": SyncBatchNorm}
         if norm not in norms:
@@ -143,11 +159,18 @@ class SPADE2d(Fused):
         self.norm = norms[norm](num_features, eps, momentum, affine=False, device=device, dtype=dtype)
 
     def forward(
-        self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, **fused: Any
-    ) -> Tensor:
-        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
-        self._check_extras(fused)
+        self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *,
+        activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
+        return_unpadded: bool = False, unit_offset: bool = True, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         check_4d(input, self.num_features)
         check_shapes(input.shape, gamma=gamma, beta=beta)
-        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
-        return self.norm(input, residual, **{**own, "weight": gamma, "bias": beta, "unit_offset": True, **fused})
+        return self.norm(
+            input, residual, weight=gamma, bias=beta,
+            activation=self.activation if activation is ... else activation,
+            padding=self.padding if padding is ... else padding,
+            padding_mode=self.padding_mode if padding_mode is ... else padding_mode,
+            return_unpadded=return_unpadded, unit_offset=unit_offset, dtype=dtype,
+            memory_efficient=memory_efficient,
+        )  # fmt: skip

@@ -1,5 +1,7 @@
 """One norm at a time: torch's into ours with shared parameters, and any norm called with the fused extras."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..activations import resolve
 from ..ops import reference
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from . import base, known, norms
 from .sync import SyncBatchNorm
 
@@ -41,9 +44,9 @@ class Elementwise(nn.Module):
         self,
         num_features: int,
         dims: int,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         super().__init__()
         resolve(activation)
@@ -56,17 +59,27 @@ class Elementwise(nn.Module):
         self.register_buffer("_mean", torch.zeros(num_features), persistent=False)
         self.register_buffer("_var", torch.ones(num_features), persistent=False)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor | tuple[Tensor, Tensor]:
-        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
-        own.update(fused)
-        if residual is None and own["padding"] == 0 and not own.get("return_unpadded"):
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, activation: ActivationLike | Own = ...,
+        padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False,
+    ) -> Result:  # fmt: skip
+        activation = self.activation if activation is ... else activation
+        padding = self.padding if padding is ... else padding
+        padding_mode = self.padding_mode if padding_mode is ... else padding_mode
+        if residual is None and padding == 0 and not return_unpadded:
             # Nothing to fuse: at most one operation.
-            return resolve(own["activation"])(input)
+            return resolve(activation)(input)
         if input.dim() == self._dims + 1:
-            y = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), **fused)
+            y = self.forward(
+                input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), activation=activation,
+                padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded,
+            )  # fmt: skip
             return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
         # 1 + 1e-30 is 1.
-        return functional.batch_norm(input, self._mean, self._var, eps=1e-30, residual=residual, **own)
+        return functional.batch_norm(
+            input, self._mean, self._var, eps=1e-30, residual=residual, activation=activation, padding=padding,
+            padding_mode=padding_mode, return_unpadded=return_unpadded,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         parts = [] if self.activation is None or "activation" in self._modules else [f"activation={self.activation!r}"]
@@ -230,9 +243,9 @@ def normalize(
     norm: nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: None | str | nn.Module = None,
-    padding: int | tuple[int, ...] = 0,
-    padding_mode: str = "reflect",
+    activation: ActivationLike = None,
+    padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect",
     return_unpadded: bool = False,
     **before: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -254,7 +267,7 @@ def normalize(
 
 
 def finish(
-    y: Tensor, padding: int | tuple[int, ...], padding_mode: str, return_unpadded: bool
+    y: Tensor, padding: Padding, padding_mode: PaddingMode, return_unpadded: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The padding alone."""
     padded = y if padding == 0 else reference.pad(y, padding, padding_mode)

@@ -3,14 +3,22 @@
 Each class is a subclass of its ``torch.nn`` namesake: same arguments, same parameters and buffers, same checkpoints.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels, SaidOfRows
 from .base import Activated, Affine, Fused, running_of
 from .checks import check_4d
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = [
     "BatchNorm1d",
@@ -26,11 +34,7 @@ __all__ = [
 ]
 
 
-#: What a call of a norm over trailing dims may say as well.
-ADDS = {"unit_offset", "pre_residual", "return_sum"}
-
-
-class BatchNorm(Affine):
+class BatchNorm(Affine, _BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -42,32 +46,64 @@ class BatchNorm(Affine):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
+        padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
+        dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
         self._check_input_dim(input)
+        training = self.training
         mean = var = count = None
-        if not self.training or self.track_running_stats:
+        if not training or self.track_running_stats:
             mean, var, count = running_of(self)
-            if not self.training:
+            if not training:
                 count = None
         # Without a momentum it is a cumulative average.
-        momentum = 0.0 if self.momentum is None and count is None else self.momentum
-        use_stats = self.training or (mean is None and var is None)
-        return self._call(("batch", None, use_stats, momentum), input, residual, fused, mean, var, count)
+        momentum = self.momentum
+        if momentum is None and count is None:
+            momentum = 0.0
+        use_stats = training or (mean is None and var is None)
+        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
+        return self._call(
+            ("batch", None, use_stats, momentum), said, input, weight, bias, residual, mean, var, count
+        )  # fmt: skip
 
 
-class InstanceNorm(Affine):
-    _extras: ClassVar[frozenset[str]] = Affine._extras | {"unbiased"}
-
+class InstanceNorm(Affine, _InstanceNorm):
     def __init__(
         self,
         num_features: int,
@@ -79,16 +115,45 @@ class InstanceNorm(Affine):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
+        padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
+        unbiased: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
@@ -103,7 +168,11 @@ class InstanceNorm(Affine):
             0.0 if self.momentum is None else self.momentum,
         )  # fmt: skip
         mean, var, _ = running_of(self)
-        y = self._call(asked, input, residual, fused, mean, var, None)
+        said = (
+            activation, padding, padding_mode, return_unpadded, unit_offset, int(unbiased), dtype, False,
+            memory_efficient,
+        )  # fmt: skip
+        y = self._call(asked, said, input, weight, bias, residual, mean, var)
         if not unbatched:
             return y
         return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
@@ -158,18 +227,47 @@ class GroupNorm(Affine, nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_groups, num_channels, eps, affine, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., unit_offset: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
+        padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
+        dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.group_norm``, in place of the module's own."""
-        return self._call(("group", self.num_groups, True, 0.0), input, residual, fused, None, None, None)
+        said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
+        return self._call(("group", self.num_groups, True, 0.0), said, input, weight, bias, residual)
 
 
 class LayerNorm(Activated, nn.LayerNorm):
@@ -177,8 +275,6 @@ class LayerNorm(Activated, nn.LayerNorm):
 
         y, stream = norm(branch, pre_residual=stream, return_sum=True)
     """
-
-    _extras: ClassVar[frozenset[str]] = Activated._extras | ADDS
 
     def __init__(
         self,
@@ -189,20 +285,46 @@ class LayerNorm(Activated, nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: None | str | nn.Module = None,
+        activation: ActivationLike = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, bias, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None,
+        return_sum: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
         asked = ("layer", self.normalized_shape, True, 0.0)
-        return self._call(asked, input, residual, fused, None, None, None)
+        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
+        return self._call(asked, said, input, weight, bias, residual, None, None, None, pre_residual)
 
 
 class RMSNorm(Activated, nn.RMSNorm):
     """``torch.nn.RMSNorm``, with fused activation, residual, and sum before the norm, called as ``LayerNorm``."""
-
-    _extras: ClassVar[frozenset[str]] = Activated._extras - {"bias"} | ADDS
 
     def __init__(
         self,
@@ -212,14 +334,42 @@ class RMSNorm(Activated, nn.RMSNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: None | str | nn.Module = None,
+        activation: ActivationLike = None,
+        memory_efficient: bool = False,
     ) -> None:
-        self._construct(normalized_shape, eps, elementwise_affine, device, dtype, activation=activation)
+        self._construct(
+            normalized_shape, eps, elementwise_affine, device, dtype,
+            activation=activation, memory_efficient=memory_efficient,
+        )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
+        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
+        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
+        **said: Unpack[SaidOfRows],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None, return_sum: bool = False,
+        unit_offset: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
         asked = ("rms", self.normalized_shape, True, 0.0)
-        return self._call(asked, input, residual, fused, None, None, None)
+        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
+        return self._call(asked, said, input, weight, ..., residual, None, None, None, pre_residual)
 
 
 class LayerNorm2d(Fused, nn.LayerNorm):
@@ -236,17 +386,43 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         device: Any = None,
         dtype: torch.dtype | None = None,
         *,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
+        memory_efficient: bool = False,
     ) -> None:
         self._construct(
             num_channels, eps, elementwise_affine, bias, device, dtype,
             activation=activation, padding=padding, padding_mode=padding_mode,
+            memory_efficient=memory_efficient,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
+        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
+        padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, dtype: torch.dtype | None = None,
+        memory_efficient: bool | Own = ...,
+    ) -> Result:  # fmt: skip
         """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
         check_4d(input)
         asked = ("channels", self.normalized_shape, True, 0.0)
-        return self._call(asked, input, residual, fused, None, None, None)
+        said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
+        return self._call(asked, said, input, weight, bias, residual)

@@ -1,12 +1,15 @@
 """Batch norm over the ranks of a process group."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..ops.call import Result, normalize
+from ..ops.call import normalize
 from ..spec import Spec
+from ..types import ActivationLike, Padding, PaddingMode, Result
 from .base import Fused
 from .norms import BatchNorm
 
@@ -42,20 +45,18 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         self._construct(
             num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype,
             bias=bias, activation=activation, padding=padding, padding_mode=padding_mode,
         )  # fmt: skip
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
-        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
-        self._check_input_dim(input)
+    def _check_input_dim(self, input: Tensor) -> None:
+        super()._check_input_dim(input)
         self._check_non_zero_input_channels(input)
-        return super().forward(input, residual, **fused)
 
     def _run(self, spec: tuple, x: Tensor, *operands: Tensor | None) -> Result:
         group = self._peers() if self.training else None

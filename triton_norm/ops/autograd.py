@@ -123,7 +123,9 @@ class _Normalize(torch.autograd.Function):
             o = (*given[:INPUTS], *running, given[INPUTS])
         y, statistics, bits, second = (call._training or call._bind_forward(o, True))(o)
         ctx.kept = call, statistics, bits
-        if call.addend is not None:
+        if call.spec.memory_efficient:
+            ctx.save_for_backward(*saved_of(call.spec, (y, *o[1:]), None))
+        elif call.addend is not None:
             # From here on the sum is what is normalized.
             ctx.save_for_backward(*saved_of(call.spec, (second, *o[1:]), bits))
         elif call.spec.use_stats and o[3] is None:

@@ -16,7 +16,7 @@ from ..launching.backward import Saved
 from ..launching.keys import functorch_is_active, is_compiling, is_for_torch
 from ..launching.operands import per_element, unpack_bits
 from ..spec import Operands, Spec
-from . import library, reference
+from . import library, recovered, reference
 
 #: Operands that have gradients: x, weight, bias, residual and slope.
 INPUTS = 5
@@ -24,7 +24,7 @@ INPUTS = 5
 
 def keeps_bits(spec: Spec, o: Operands) -> bool:
     """Whether one bit per element spares the backward pass whatever else z takes a tensor like x for."""
-    wide = o.residual is not None or per_element(spec, o.x, o.bias)
+    wide = (o.residual is not None or per_element(spec, o.x, o.bias)) and not spec.memory_efficient
     return wide and ACTIVATIONS[spec.activation].levels is not None
 
 
@@ -90,7 +90,7 @@ class _Traced(Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
         x, weight, bias, residual, slope, _, _, _, mean, variance, spec, _, addend = inputs
-        _, second, statistics, bits = output
+        y, second, statistics, bits = output
         ctx.has_second = has_second(spec)
         ctx.addend = None if addend is None else addend.dtype
         ctx.mark_non_differentiable(statistics, bits, *(() if ctx.has_second else (second,)))
@@ -98,7 +98,8 @@ class _Traced(Function):
         ctx.spec = spec
         ctx.statistics, ctx.bits = statistics if spec.use_stats else None, bits if bits.numel() else None
         # Where something was added to x, the sum is what is normalized from here on.
-        o = Operands(x if addend is None else second, weight, bias, residual, slope, mean, variance)
+        kept = y if spec.memory_efficient else x if addend is None else second
+        o = Operands(kept, weight, bias, residual, slope, mean, variance)
         ctx.save_for_backward(*saved_of(spec, o, ctx.bits))
 
     @staticmethod
@@ -179,10 +180,15 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     if wanted[3] and passes_on(spec):
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
-    if not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
+    if spec.memory_efficient:
+        recovered.refuse_more(saved.dy, saved.dsecond)
+    elif not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
         return spread(_by_formula(spec, o, saved, wanted), wanted)
     # The count and what was added go. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _, _ = tuple(o)
+    if spec.memory_efficient:
+        kept = (*operands, saved.statistics, saved.bits, spec.text(), list(wanted))
+        return spread(library.backward(saved.dy, saved.dsecond, *kept), wanted)
     found = NormalizeBackward.apply(saved.dy, saved.dsecond, *operands, saved.statistics, saved.bits, spec, wanted)
     return spread(found, wanted)
 
