@@ -1,6 +1,12 @@
 """Fused normalization layers for PyTorch, in Triton."""
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+
+with warnings.catch_warnings():
+    # Torch's own, where there is no NumPy: nothing here needs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from . import functional, models
 from .fusion import fuse, fuse_report
