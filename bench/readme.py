@@ -3,10 +3,11 @@
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
 ``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``; with ``--clusters --all``
 ``traffic-clusters.csv``), modelled times from ``bench/results/roofline.csv`` (``python -m bench.roofline --out`` that),
-the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), and what
-compiles for which GPU from ``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets
-all --dtypes float16,bfloat16,float32 --out`` that). Nothing is typed by hand. The picture of bytes is drawn by ``python
--m bench.traffic_plot``; ``--check`` says whether it was drawn from these counts.
+the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), what a training
+step keeps from ``bench/results/memory.csv`` (``python -m bench.memory --out`` that), and what compiles where from
+``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
+float16,bfloat16,float32 --out`` that). Nothing is typed by hand. The picture of bytes is drawn by ``python -m
+bench.traffic_plot``; ``--check`` says whether it was drawn from these counts.
 """
 
 import csv
@@ -17,7 +18,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import common, plot, roofline, traffic_plot
+from . import common, memory, plot, roofline, traffic_plot
 from .common import ROOT, Parser, UserError
 from .contenders import OURS
 from .offline import TARGETS
@@ -222,6 +223,36 @@ def _host_line(name: str, of: dict[str, dict[str, str]], launch: float) -> tuple
     return name, *times(of["forward"]), f"{float(of['forward']['no_grad_us']):.1f}", *times(of["both"])
 
 
+def saved(results: Path, page: Path) -> Iterator[str]:
+    """What a training step keeps for its backward pass."""
+    rows = _memory(results)
+    yield from markdown(memory.HEADER, list(memory.lines(rows))) if rows else ["Nothing has been counted yet."]
+
+
+def _memory(results: Path) -> list[dict[str, str]]:
+    file = results / "memory.csv"
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def saved_in_brief(results: Path, page: Path) -> Iterator[str]:
+    """In a line, what networks keep where outputs are kept in place of inputs."""
+    rows = _memory(results)
+    if not rows:
+        yield "Nothing has been counted yet."
+        return
+    networks = {row["what"]: float(row["memory_efficient_mib"]) / float(row["eager_mib"]) for row in rows[-3:]}
+    told = ", ".join(f"{share:.0%} in a {name}" for name, share in networks.items())
+    yield from wrapped(
+        "- **Memory.** Fused layers keep what eager keeps at best, their input. With `memory_efficient=True` they keep "
+        "their output instead, which the next convolution keeps anyway. Of the bytes that eager saves for the backward "
+        f"pass this leaves: {told} ([docs/measurements.md](docs/measurements.md#memory), "
+        "[docs/training.md](docs/training.md))."
+    )
+
+
 def kernels(results: Path, page: Path) -> Iterator[str]:
     """What compiles without a spill where, with each release of Triton."""
     found = sorted(results.glob("kernels-triton-*.csv"))
@@ -253,10 +284,10 @@ def _kernel_line(target: str, rows: list[dict[str, str]]) -> tuple[str, ...]:
 
 #: The pages, relative to the root, and who writes their sections.
 PAGES: dict[str, dict[str, Callable[[Path, Path], Iterator[str]]]] = {
-    "README.md": {"speed-ups": speedups, "host in brief": hosted, "bytes": fewer},
+    "README.md": {"speed-ups": speedups, "host in brief": hosted, "saved in brief": saved_in_brief, "bytes": fewer},
     "docs/measurements.md": {
         "times": times, "traffic": traffic, "clusters": clusters, "modelled": modelled, "host": host,
-        "kernels": kernels,
+        "saved": saved, "kernels": kernels,
     },
 }  # fmt: skip
 
