@@ -10,7 +10,13 @@ the kernels, CPU tensors to PyTorch's own operators. Examples on these pages beg
     import triton_norm as tn
 """
 
+import warnings
 from importlib.metadata import PackageNotFoundError, version
+
+with warnings.catch_warnings():
+    # Torch's own, where there is no NumPy: nothing here needs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")
+    import torch  # noqa: F401
 
 from . import functional, models
 from .fusion import fuse, fuse_report

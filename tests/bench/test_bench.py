@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from bench import (
+    common,
     contenders,
     host,
     kernels,
@@ -85,6 +86,16 @@ def test_plain_and_fused_are_the_same_layer(shape, on_torch):
     assert tuple(tuple(y.shape) for y in found) == small.output_sizes
     for e, f in zip(expected, found, strict=True):
         torch.testing.assert_close(f, e)
+
+
+def test_an_exact_name_is_that_shape_alone():
+    """Others begin with it; a part stands for all that have it."""
+    parse = common.names_of(shapes.names(), "shape")
+    name = "cyclegan-block-256x64x64-n1"
+    assert [n for n in shapes.names() if name in n] != [name]
+    assert parse(name) == [name]
+    assert [shape.name for shape in shapes.select(names=parse(name))] == [name]
+    assert parse(f"patchgan, {name}") == [*(n for n in shapes.names() if "patchgan" in n), name]
 
 
 def test_known_passes():
@@ -600,11 +611,14 @@ BAD = {
     "run no direction": ("run", ["--directions", ","], "unknown direction ','"),
     "run minutes": ("run", ["--minutes", "0"], "expected a number above zero, but got '0'"),
     "run seconds": ("run", ["--seconds", "soon"], "expected a number above zero, but got 'soon'"),
-    "run no shape": ("run", ["--device", "cpu", "--shapes", "vgg"], "nothing to measure"),
+    "run no shape": ("run", ["--shapes", "vgg"], "unknown shape 'vgg': expected (a part of) one of cyclegan-"),
+    "run empty shape": ("run", ["--shapes", ","], "argument --shapes: unknown shape ',': expected (a part of)"),
+    "run not on a GPU": ("run", ["--quick"], "PyTorch sees no GPU here; --device cpu shows that the script works"),
     "run no GPU": ("run", ["--device", "cuda"], "device 'cuda' asked for, but PyTorch sees no GPU here"),
     "run device": ("run", ["--device", "tpu"], "unknown device 'tpu'"),
     "run out": ("run", [*QUICK, "--shapes", "patchgan", "--out", "file/x"], "cannot make the directory file/x: "),
-    "traffic no shape": ("traffic", ["--shapes", "vgg"], "no shape has such a name"),
+    "traffic no shape": ("traffic", ["--shapes", "patchgan,vgg"], "unknown shape 'vgg': expected (a part of)"),
+    "traffic nothing": ("traffic", ["--shapes", "patchgan", "--groups", "cyclegan"], "nothing to do: no shape, group"),
     "traffic out": ("traffic", ["--out", "nowhere/t.csv"], "cannot write nowhere/t.csv: No such file"),
     "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_75, sm_80, "),
     "kernels interpreted": ("kernels", ["--quick"], "TRITON_INTERPRET is set"),

@@ -290,6 +290,18 @@ def test_a_block_of_a_diffusion_transformer(way):
     assert (report.operations, report.remaining) == (5, 0)
 
 
+def test_norms_of_this_package_and_models_that_are_fused_again():
+    block = DiT()
+    block.norm2 = tn.LayerNorm(6, elementwise_affine=False, eps=1e-6)
+    again = tn.fuse(tn.fuse(block))
+    for model in (again, tn.fuse(block)):
+        report = tn.fuse_report(model)
+        assert report.fused["norm2"] == "add + LayerNorm + mul + add, and the sum"
+        assert (report.operations, report.remaining) == (5, 0)
+        torch.testing.assert_close(model(normal(2, 3, 6).float(), normal(2, 6).float()),
+                                   block(normal(2, 3, 6).float(), normal(2, 6).float()))  # fmt: skip
+
+
 def test_a_modulated_sum_is_one_launch(monkeypatch):
     model = ApplyTwo(lambda m, x, c: (lambda s: modulate(m.norm(s), c, c) * s)(x + 2 * x),
                      norm=nn.LayerNorm(6, elementwise_affine=False))  # fmt: skip

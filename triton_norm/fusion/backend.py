@@ -25,7 +25,12 @@ _RESTS = ("inductor", "eager", "aot_eager")
 def backend(
     graph: fx.GraphModule, inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Any:
-    """A backend of ``torch.compile``: every norm (* scale + shift) (+ residual) (+ activation) (+ padding) in one pass.
+    """A backend of ``torch.compile``: every (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in
+    one pass.
+
+    The sum ahead is that of ``norm(x + f(x))``, for layer and RMS norms; what reads it besides gets it from the same
+    pass. An RMS norm that is written out in elementary operations is one too, and is multiplied with its weight before
+    it is rounded to half.
 
     ``options={"rest": name}`` says who compiles what is left: "inductor" (the default), "aot_eager", or "eager", which
     runs it as it is. ``mode`` and all other options are Inductor's. Raises ``ValueError`` for another ``rest``, or for

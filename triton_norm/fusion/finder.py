@@ -1,4 +1,4 @@
-"""Finds norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph, of modules or of functions."""
+"""Finds (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph of modules and functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -350,7 +350,7 @@ class Finder:
             if not (a.is_contiguous() and (b.is_contiguous() or not narrow)):
                 return "what it adds to is not contiguous"
         if not self._is_within(chain.norm.node, add):
-            return "another forward than the norm's adds; the backend of torch.compile fuses that"
+            return "another forward than the norm's adds: torch.compile with this backend fuses that"
         written = trace.mutated(add, self.modules)
         if written is not None and not (written is pair[0] and self.memory.is_own(written, add)):
             return "it writes into a tensor that others may read"

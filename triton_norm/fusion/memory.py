@@ -13,6 +13,7 @@ from .meaning import Modules, Norm, example
 
 #: Modules whose results are memory of their own.
 _PURE_MODULES = (nn.modules.conv._ConvNd, nn.Linear, *convert.NORMS)
+_OWN = __package__.split(".")[0] + "."
 #: Functions that change what later ones do.
 _SETTERS = ("_enter_", "_exit_", "_set_", "set_")
 
@@ -57,7 +58,8 @@ class Memory:
             return tensor in norm.running if isinstance(norm, Norm) else not _is_known(node.target)
         if node.op != "call_module":
             return False
-        known = type(self.modules[node.target]).__module__.startswith(("torch.nn", f"{__package__}."))
+        module = self.modules[node.target]
+        known = type(module).__module__.startswith(("torch.nn", _OWN)) or convert.is_known(module)
         return not known and tensor in node.all_input_nodes
 
     def _apart(self, written: Node, tensor: Node) -> bool:
