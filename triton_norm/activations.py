@@ -106,7 +106,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
         # Where it jumps to the straight line it must not jump over what a float32 tells apart.
-        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, threshold: _is_moderate(beta) and threshold >= 15),
+        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, line: _is_moderate(beta) and line >= 15),
     ),
     "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
     "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
