@@ -108,7 +108,8 @@ def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
     monkeypatch.setenv("TRITON_NORM_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("TRITON_NORM_AUTOTUNE", raising=False)
-    monkeypatch.delenv("TRITON_NORM_AUTOTUNE_BUDGET", raising=False)
+    # Which a busy machine would spend on one plan.
+    monkeypatch.setenv("TRITON_NORM_AUTOTUNE_BUDGET", "3600")
     monkeypatch.setattr(autotune, "SHIPPED", tmp_path / "shipped")
     forget()
     yield

@@ -627,12 +627,18 @@ def test_what_is_measured_is_the_problem_itself(stopwatch, tried, kind, reduce, 
     assert stopwatch == [p.work.heuristic()] * 2
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("shape, padding", [((2, 3, 8, 8), 1), ((1, 2, 8), 3), ((2, 3, 4, 8), (2, 1, 0, 3))], ids=str)
+@pytest.mark.parametrize(
+    "shape, padding, layout",
+    [
+        ((2, 3, 8, 8), 1, "channels_last"), ((1, 2, 8), 3, "contiguous"), ((2, 3, 4, 8), (2, 1, 0, 3), "contiguous"),
+        ((2, 3, 4, 8), (2, 1, 0, 3), "channels_last"),
+    ],
+    ids=str,
+)  # fmt: skip
 @pytest.mark.parametrize("kind", ["batch", "instance"])
 def test_padded_problems_are_measured_padded(tried, kind, shape, padding, layout):
     x = torch.randn(shape)
-    if layout == "channels_last" and x.dim() == 4:
+    if layout == "channels_last":
         x = channels_last(x)
     x.requires_grad_()
     keywords = {"running_mean": None, "running_var": None, "training": True} if kind == "batch" else {}
