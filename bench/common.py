@@ -18,8 +18,10 @@ import torch
 from triton_norm.__main__ import Parser
 from triton_norm.cli import demo, info
 from triton_norm.cli.info import UserError
+from triton_norm.cli.streams import piped
 
 ROOT = Path(__file__).parents[1]
+SHAPES_HELP = "only shapes of these names, or of names with these parts"
 CPU_CAVEAT = "CPU times say nothing about GPUs: they show that the script works, not how fast anything is."
 
 
@@ -32,10 +34,10 @@ def command(main: Callable[[Any], int], parser: Parser, argv: Sequence[str] | No
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    arguments = parser.parse_args(argv)
     previous = signal.signal(signal.SIGTERM, interrupt)
     try:
-        return main(arguments)
+        with piped():
+            return main(parser.parse_args(argv))
     except UserError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
@@ -69,6 +71,22 @@ def comma_list(allowed: Iterable[str], what: str) -> Callable[[str], list[str]]:
     return parse
 
 
+def names_of(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
+    """An argparse type for ``a,b,c``, each one of ``known`` or a part of several: the names that are meant."""
+
+    def parse(text: str) -> list[str]:
+        found: dict[str, None] = {}
+        for word in filter(None, map(str.strip, text.split(","))) if text.strip(", ") else [text]:
+            meant = [word] if word in known else [name for name in known if word and word in name]
+            if not meant:
+                listed = ", ".join(known)
+                raise argparse.ArgumentTypeError(f"unknown {what} {word!r}: expected (a part of) one of {listed}")
+            found |= dict.fromkeys(meant)
+        return list(found)
+
+    return parse
+
+
 def positive(text: str) -> float:
     """An argparse type: a finite number above zero."""
     try:
@@ -86,6 +104,8 @@ def directory(path: Path) -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the directory {path}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK):
+        raise UserError(f"cannot write into {path}: no permission")
     return path
 
 
@@ -166,10 +186,7 @@ def caption(found: dict[str, str]) -> str:
     return line if found["device"] == "cuda" else f"{line}\n{CPU_CAVEAT}"
 
 
-def add_shapes(parser: Parser, groups: Sequence[str]) -> None:
+def add_shapes(parser: Parser, groups: Sequence[str], names: Sequence[str]) -> None:
     """The options by which a command takes a part of the shapes."""
     parser.add_argument("--groups", type=comma_list(groups, "group"), metavar="A,B", help=", ".join(groups))
-    parser.add_argument(
-        "--shapes", type=lambda text: text.split(","), metavar="A,B",
-        help="only shapes whose name contains one of these",
-    )  # fmt: skip
+    parser.add_argument("--shapes", type=names_of(names, "shape"), metavar="A,B", help=SHAPES_HELP)

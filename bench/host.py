@@ -19,7 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from triton_norm.cli.demo import Progress, table
+from triton_norm.cli.demo import table
+from triton_norm.cli.progress import Progress
 from triton_norm.launching.backward import Backward
 from triton_norm.launching.forward import Forward
 from triton_norm.launching.launch import INTERPRETED, Launch

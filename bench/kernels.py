@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from triton_norm.cli.demo import DTYPES, Progress, table
+from triton_norm.cli.demo import DTYPES, table
+from triton_norm.cli.progress import Progress
 from triton_norm.kernels.tiles import AFFINES
 from triton_norm.ops import backend
 
@@ -145,7 +146,7 @@ def parser() -> Parser:
     parser = Parser(prog="bench.kernels", description=__doc__)
     add = parser.add_argument
     add("--targets", type=_targets, metavar="A,B", help=f"{', '.join(TARGETS)} or all (default: all; --quick: sm_90)")
-    common.add_shapes(parser, shapes.GROUPS)
+    common.add_shapes(parser, shapes.GROUPS, shapes.names())
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="the short list of shapes: under a minute")
@@ -164,7 +165,7 @@ def run(arguments) -> int:
     chosen = shapes.select(arguments.groups, arguments.shapes, arguments.quick)
     work = [(shape, dtype) for shape in chosen for dtype in dtypes]
     if not work:
-        raise UserError("no shape has such a name")
+        raise UserError("nothing to do: no shape, group and dtype fit together")
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
     progress = Progress(len(targets) * len(work))

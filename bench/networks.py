@@ -3,6 +3,9 @@
 A factory is ``Plain`` or ``Fused`` from layers.py, called with the norm's kind, its channels and what follows it.
 """
 
+from itertools import pairwise
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -109,3 +112,44 @@ class ResNet50(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(self.norm(self.conv(x)), 3, stride=2, padding=1)
         return self.head(self.stages(x).mean((2, 3)))
+
+
+class PlainUNet(nn.Module):
+    """nnU-Net's: two convolution-InstanceNorm-LeakyReLU blocks a level, strided ones down, transposed ones up."""
+
+    def __init__(
+        self, factory: Factory, dims: int = 2, inputs: int = 1, classes: int = 3, widths: tuple[int, ...] | None = None
+    ) -> None:  # fmt: skip
+        super().__init__()
+        conv, up = (nn.Conv2d, nn.ConvTranspose2d) if dims == 2 else (nn.Conv3d, nn.ConvTranspose3d)
+        most = 512 if dims == 2 else 320
+        widths = widths or tuple(min(32 * 2**level, most) for level in range(8 if dims == 2 else 6))
+
+        def block(before: int, width: int, stride: int = 1) -> nn.Sequential:
+            steps = [(before, stride), (width, 1)]
+            return nn.Sequential(*[
+                part
+                for channels, step in steps
+                for part in (
+                    conv(channels, width, 3, step, 1),
+                    factory("instance", width, dims, activation="leaky_relu", slope=0.01),
+                )
+            ])  # fmt: skip
+
+        self.down = nn.ModuleList(
+            block(before, width, 1 if before == inputs else 2)
+            for before, width in zip((inputs, *widths), widths, strict=False)
+        )
+        pairs = list(pairwise(widths))[::-1]
+        self.up = nn.ModuleList(up(deep, width, 2, 2) for width, deep in pairs)
+        self.blocks = nn.ModuleList(block(2 * width, width) for width, _ in pairs)
+        self.head = conv(widths[0], classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        levels = []
+        for block in self.down:
+            x = block(x)
+            levels.append(x)
+        for up, block, skip in zip(self.up, self.blocks, levels[-2::-1], strict=True):
+            x = block(torch.cat([up(x), skip], 1))
+        return self.head(x)

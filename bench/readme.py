@@ -1,21 +1,26 @@
-"""Writes the measured parts of README.md from the committed results. ``python -m bench.readme``.
+"""Writes the measured parts of README.md and docs/ from the committed results. ``python -m bench.readme``.
 
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
 ``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``; with ``--clusters --all``
 ``traffic-clusters.csv``), modelled times from ``bench/results/roofline.csv`` (``python -m bench.roofline --out`` that),
-the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), and what
-compiles for which GPU from ``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets
-all --dtypes float16,bfloat16,float32 --out`` that). Nothing is typed by hand.
+the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), what a training
+step keeps from ``bench/results/memory.csv`` (``python -m bench.memory --out`` that), and what compiles where from
+``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
+float16,bfloat16,float32 --out`` that). Nothing is typed by hand. The picture of bytes is drawn by ``python -m
+bench.traffic_plot``; ``--check`` says whether it was drawn from these counts.
 """
 
 import csv
+import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import common, plot, roofline
+from . import common, memory, plot, roofline, traffic_plot
 from .common import ROOT, Parser, UserError
+from .contenders import OURS
 from .offline import TARGETS
 from .run import JSON
 from .session import geometric_means
@@ -44,15 +49,32 @@ def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> Iterator[
         yield "| " + " | ".join(line) + " |"
 
 
-def times(results: Path, readme: Path) -> Iterator[str]:
-    """A section per GPU, with its plots; or that there is none."""
-    found = sorted(results.glob(f"*/{JSON}"))
-    if not found:
-        yield NOTHING
-    for path in found:
+def timed(results: Path) -> Iterator[tuple[Path, dict]]:
+    """What was measured on each GPU."""
+    for path in sorted(results.glob(f"*/{JSON}")):
         measured = plot.load(path)
         if measured["environment"]["device"] != "cuda":
             raise UserError(f"{path} was not measured on a GPU")
+        yield path, measured
+
+
+def speedups(results: Path, page: Path) -> Iterator[str]:
+    """A line per GPU, or that there is none."""
+    found = list(timed(results))
+    if not found:
+        yield NOTHING
+    for _, measured in found:
+        own = [f"{dtype} {what} {times}" for dtype, what, name, times, *_ in geometric_means(measured) if name == OURS]
+        gpu = measured["environment"]["gpu"]
+        yield from wrapped(f"- {gpu}, speed-up over eager, geometric means over the shapes: {', '.join(own)}")
+
+
+def times(results: Path, page: Path) -> Iterator[str]:
+    """A section per GPU, with its plots; or that there is none."""
+    found = list(timed(results))
+    if not found:
+        yield NOTHING
+    for path, measured in found:
         copy = f"a copy of a large tensor moved {measured['copy_gb_s']:.0f} GB/s in the same run"
         yield f"**{measured['environment']['gpu']}**: {common.caption(measured['environment'])}; {copy}."
         yield "Speed-ups are geometric means over the shapes."
@@ -63,22 +85,50 @@ def times(results: Path, readme: Path) -> Iterator[str]:
         yield ""
         for name, title in PICTURES.items():
             if (path.parent / name).exists():
-                yield f"![{title}]({Path(os.path.relpath(path.parent / name, readme.parent)).as_posix()})"
+                yield f"![{title}]({Path(os.path.relpath(path.parent / name, page.parent)).as_posix()})"
 
 
-def clusters(results: Path) -> Iterator[str]:
+def fewer(results: Path, page: Path) -> Iterator[str]:
+    """The counted bytes in a line: how many times fewer than eager's, and how far from the fewest possible."""
+    path = results / "traffic.csv"
+    if not path.exists():
+        yield "Nothing has been counted yet."
+        return
+    rows = [row for row in traffic_plot.totals(path) if row["direction"] in ("forward", "backward")]
+    shapes = len({row["shape"] for row in rows})
+    found = []
+    for direction in ("forward", "backward"):
+        own = [row for row in rows if row["direction"] == direction]
+        saved = [float(row["eager"]) / float(row["bytes"]) for row in own]
+        above = [float(row["bytes"]) / float(row["minimum"]) for row in own]
+        found.append(
+            f"{mean(saved):.1f} times fewer bytes {direction} ({min(saved):.1f} to {max(saved):.1f}), "
+            f"{mean(above):.2f} times the fewest possible"
+        )
+    yield from wrapped(f"Training in float16, {shapes} shapes, geometric means: than PyTorch eager {'; '.join(found)}.")
+
+
+def wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, subsequent_indent="  " * text.startswith("- "), break_on_hyphens=False)
+
+
+def mean(ratios: Sequence[float]) -> float:
+    """Geometric."""
+    return math.exp(sum(map(math.log, ratios)) / len(ratios))
+
+
+def clusters(results: Path, page: Path) -> Iterator[str]:
     """Totals of the bytes that plans for thread-block clusters move."""
-    yield from traffic(results, "traffic-clusters.csv")
+    yield from traffic(results, page, "traffic-clusters.csv")
 
 
-def traffic(results: Path, name: str = "traffic.csv") -> Iterator[str]:
+def traffic(results: Path, page: Path, name: str = "traffic.csv") -> Iterator[str]:
     """Totals of the counted bytes."""
     path = results / name
     if not path.exists():
         yield "Nothing has been counted yet."
         return
-    with path.open() as file:
-        rows = [row for row in csv.DictReader(file) if row["kernel"] == "total"]
+    rows = traffic_plot.totals(path)
     keys = ("bytes", "minimum", "eager")
     yield from markdown(
         TRAFFIC_HEADER,
@@ -89,7 +139,7 @@ def traffic(results: Path, name: str = "traffic.csv") -> Iterator[str]:
     )
 
 
-def modelled(results: Path) -> Iterator[str]:
+def modelled(results: Path, page: Path) -> Iterator[str]:
     """How many kernels are within the limit by the model, and for what reasons others are not."""
     path = results / "roofline.csv"
     if not path.exists():
@@ -129,7 +179,7 @@ def _modelled_line(row: dict) -> tuple[str, ...]:
     return name, *(f"{float(row[key] or 0):.1f}" for key in ("estimate_us", "memory_us")), row["limit"]
 
 
-def host(results: Path) -> Iterator[str]:
+def host(results: Path, page: Path) -> Iterator[str]:
     """What a call costs the CPU, with each release of Triton."""
     found = sorted(results.glob("host-triton-*.csv"))
     if not found:
@@ -147,6 +197,24 @@ def host(results: Path) -> Iterator[str]:
         yield from markdown(HOST_HEADER, [_host_line(name, of, launch) for name, of in by_layer.items()])
 
 
+def hosted(results: Path, page: Path) -> Iterator[str]:
+    """In a line, for which layers a call costs the CPU less than PyTorch's operators, and for which more."""
+    found = sorted(results.glob("host-triton-*.csv"))
+    if not found:
+        yield "Nothing has been timed yet."
+        return
+    with found[-1].open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["direction"] == "both"]
+    less, more = [], []
+    for row in rows:
+        ours, theirs = (float(row[key]) for key in ("total_us", "unfused_us"))
+        (less if ours < theirs else more).append(f"{row['layer']} ({ours:.0f} against {theirs:.0f} µs)")
+    yield f"With Triton {found[-1].stem.removeprefix('host-triton-')}, forward + backward:"
+    yield ""
+    yield from wrapped(f"- less than PyTorch's operators: {', '.join(less) or 'none'};")
+    yield from wrapped(f"- as much or more: {', '.join(more) or 'none'}.")
+
+
 def _host_line(name: str, of: dict[str, dict[str, str]], launch: float) -> tuple[str, ...]:
     def times(row: dict[str, str]) -> tuple[str, str, str]:
         us = float(row["total_us"])
@@ -155,7 +223,37 @@ def _host_line(name: str, of: dict[str, dict[str, str]], launch: float) -> tuple
     return name, *times(of["forward"]), f"{float(of['forward']['no_grad_us']):.1f}", *times(of["both"])
 
 
-def kernels(results: Path) -> Iterator[str]:
+def saved(results: Path, page: Path) -> Iterator[str]:
+    """What a training step keeps for its backward pass."""
+    rows = _memory(results)
+    yield from markdown(memory.HEADER, list(memory.lines(rows))) if rows else ["Nothing has been counted yet."]
+
+
+def _memory(results: Path) -> list[dict[str, str]]:
+    file = results / "memory.csv"
+    if not file.exists():
+        return []
+    with file.open(encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def saved_in_brief(results: Path, page: Path) -> Iterator[str]:
+    """In a line, what networks keep where outputs are kept in place of inputs."""
+    rows = _memory(results)
+    if not rows:
+        yield "Nothing has been counted yet."
+        return
+    networks = {row["what"]: float(row["memory_efficient_mib"]) / float(row["eager_mib"]) for row in rows[-3:]}
+    told = ", ".join(f"{share:.0%} in a {name}" for name, share in networks.items())
+    yield from wrapped(
+        "- **Memory.** Fused layers keep what eager keeps at best, their input. With `memory_efficient=True` they keep "
+        "their output instead, which the next convolution keeps anyway. Of the bytes that eager saves for the backward "
+        f"pass this leaves: {told} ([docs/measurements.md](docs/measurements.md#memory), "
+        "[docs/training.md](docs/training.md))."
+    )
+
+
+def kernels(results: Path, page: Path) -> Iterator[str]:
     """What compiles without a spill where, with each release of Triton."""
     found = sorted(results.glob("kernels-triton-*.csv"))
     if not found:
@@ -184,11 +282,21 @@ def _kernel_line(target: str, rows: list[dict[str, str]]) -> tuple[str, ...]:
     return target, card, str(len(rows)), str(fine), str(registers), limit, told or "none"
 
 
-def replaced(text: str, name: str, lines: Iterator[str]) -> str:
+#: The pages, relative to the root, and who writes their sections.
+PAGES: dict[str, dict[str, Callable[[Path, Path], Iterator[str]]]] = {
+    "README.md": {"speed-ups": speedups, "host in brief": hosted, "saved in brief": saved_in_brief, "bytes": fewer},
+    "docs/measurements.md": {
+        "times": times, "traffic": traffic, "clusters": clusters, "modelled": modelled, "host": host,
+        "saved": saved, "kernels": kernels,
+    },
+}  # fmt: skip
+
+
+def replaced(text: str, name: str, lines: Iterator[str], page: Path) -> str:
     """``text`` with ``lines`` between the markers of a section."""
     begin, end = BEGIN.format(name), END.format(name)
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"the README has no section {begin} ... {end}")
+        raise UserError(f"{page} has no section {begin} ... {end}")
     before, rest = text.split(begin)
     body = "\n".join(lines).strip()
     return f"{before}{begin}\n\n{body}\n\n{end}{rest.split(end)[1]}"
@@ -198,28 +306,31 @@ def parser() -> Parser:
     parser = Parser(prog="bench.readme", description=__doc__)
     add = parser.add_argument
     add("--results", type=Path, default=RESULTS, metavar="DIR", help="committed results (default: bench/results)")
-    add("--readme", type=Path, default=ROOT / "README.md", metavar="PATH", help="the page (default: README.md)")
-    add("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
+    add("--root", type=Path, default=ROOT, metavar="DIR", help="has README.md and docs/ (default: the repository)")
+    add("--check", action="store_true", help="write nothing; exit with 1 if a page or its picture is out of date")
     return parser
 
 
 def run(arguments) -> int:
-    try:
-        old = arguments.readme.read_text()
-    except OSError as error:
-        raise UserError(f"cannot read {arguments.readme}: {error.strerror or error}") from error
-    text = replaced(old, "times", times(arguments.results, arguments.readme))
-    text = replaced(text, "traffic", traffic(arguments.results))
-    text = replaced(text, "clusters", clusters(arguments.results))
-    text = replaced(text, "modelled", modelled(arguments.results))
-    text = replaced(text, "host", host(arguments.results))
-    text = replaced(text, "kernels", kernels(arguments.results))
-    if arguments.check:
-        if text != old:
-            print(f"{arguments.readme} is out of date: run python -m bench.readme", file=sys.stderr)
-        return int(text != old)
-    common.write(arguments.readme, text)
-    return 0
+    stale = []
+    for name, sections in PAGES.items():
+        page = arguments.root / name
+        try:
+            old = page.read_text(encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"cannot read {page}: {error.strerror or error}") from error
+        text = old
+        for section, lines in sections.items():
+            text = replaced(text, section, lines(arguments.results, page), page)
+        if text != old and arguments.check:
+            stale.append(f"{page} is out of date: run python -m bench.readme")
+        elif text != old:
+            common.write(page, text)
+    picture = arguments.root / traffic_plot.PICTURE.relative_to(ROOT)
+    if not traffic_plot.up_to_date(arguments.results / "traffic.csv", picture):
+        stale.append(f"{picture} is out of date: run python -m bench.traffic_plot")
+    print(*stale, sep="\n", end="\n" * bool(stale), file=sys.stderr)
+    return int(arguments.check and bool(stale))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

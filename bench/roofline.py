@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-from triton_norm.cli.demo import DTYPES, Progress, table
+from triton_norm.cli.demo import DTYPES, table
+from triton_norm.cli.progress import Progress
+from triton_norm.cli.streams import check_out
 from triton_norm.ops import backend
 
 from . import common, machine, passes, sass, shapes
@@ -233,7 +235,7 @@ def report(found: Sequence[Row], most: int) -> None:
 def parser() -> Parser:
     parser = Parser(prog="bench.roofline", description=__doc__)
     add = parser.add_argument
-    common.add_shapes(parser, shapes.GROUPS)
+    common.add_shapes(parser, shapes.GROUPS, shapes.names())
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16 and float32; float16 with --quick)")  # fmt: skip
     add("--quick", action="store_true", help="a handful of shapes: under a minute")
@@ -254,10 +256,11 @@ def run(arguments) -> int:
     if arguments.quick:
         chosen = [shape for shape in chosen if shape.name in QUICK]
     if not chosen:
-        raise UserError("no shape has such a name")
+        raise UserError("nothing to do: no shape, group and dtype fit together")
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
     if arguments.plot:
+        check_out(arguments.plot)
         from . import roofline_plot  # fails now where matplotlib is missing, not after minutes
     progress, start, found = Progress(len(chosen) * len(dtypes)), time.monotonic(), []
     for shape in chosen:

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from triton_norm.cli.demo import DTYPES, TOLERANCES, Progress, table
+from triton_norm.cli.demo import DTYPES, TOLERANCES, table
+from triton_norm.cli.progress import Progress
 
 from . import common, passes, shapes, steps, timing
 from .common import CPU_CAVEAT, Parser, UserError
@@ -262,14 +263,13 @@ def step_rows(
 def parser() -> Parser:
     parser = Parser(prog="bench.run", description=__doc__)
     add = parser.add_argument
-    add("--device", metavar="DEVICE", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
+    add("--device", metavar="DEVICE", help="cuda or cuda:N (default: cuda); cpu shows that the script works")
     add("--quick", action="store_true", help="the short list, briefly; on a CPU also with small shapes")
     add("--short", action="store_true", help="only the short list of shapes")
     add("--groups", type=common.comma_list((*shapes.GROUPS, STEP), "group"), metavar="A,B",
         help=f"{', '.join(shapes.GROUPS)}, {STEP}")  # fmt: skip
-    add(
-        "--shapes", type=lambda text: text.split(","), metavar="A,B", help="only those whose name contains one of these"
-    )
+    names = [*shapes.names(), *steps.STEPS]
+    add("--shapes", type=common.names_of(names, "shape"), metavar="A,B", help=common.SHAPES_HELP)
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: all; float32 with --quick on a CPU)")  # fmt: skip
     add("--directions", type=common.comma_list(DIRECTIONS, "direction"), default=list(DIRECTIONS), metavar="A,B",
@@ -304,7 +304,7 @@ def tasks(arguments, device: torch.device) -> list[tuple[object, str]]:
         for name, (_, dtypes) in steps.STEPS.items():
             # A CPU only shows that it works: it takes whatever dtype the step has.
             own = [dtype for dtype in wanted if dtype in dtypes] or (list(dtypes[:1]) if small else [])
-            if arguments.shapes is None or any(word in name for word in arguments.shapes):
+            if arguments.shapes is None or name in arguments.shapes:
                 found += [(name, dtype) for dtype in own]
 
     def urgency(task: tuple[object, str]) -> int:
@@ -322,8 +322,11 @@ def tasks(arguments, device: torch.device) -> list[tuple[object, str]]:
 
 def run(arguments) -> int:
     start = time.monotonic()
+    if arguments.device is None and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no GPU here; --device cpu shows that the script works, not how fast anything is")
     device = common.pick_device(arguments.device)
     todo = tasks(arguments, device)
+    common.directory(arguments.out)
     seconds = arguments.seconds or (0.05 if arguments.quick else 0.3)
     environment = common.environment(device)
     makers = contenders(not arguments.no_compile, device)

@@ -35,7 +35,8 @@ RESERVE, GRACE = 30.0, 5.0
 SANITIZED = """
 import torch
 from bench import layers, shapes
-for shape in shapes.select(words=["patchgan-512x31x31-n1", "pix2pix-down-512x4x4", "resnet50-block-2048x7x7-n32-cl"]):
+names = ["patchgan-512x31x31-n1", "pix2pix-down-512x4x4-n1", "resnet50-block-2048x7x7-n32-cl"]
+for shape in shapes.select(names=names):
     layers.exercise(shape, torch.float16, "cuda")
 torch.cuda.synchronize()
 print("exercised")
@@ -103,6 +104,7 @@ class Session:
         if stage.name == "run":
             # It starts nothing new near the end, so that it is seldom cut off in the middle of a shape.
             command = [*command, "--minutes", f"{max(limit - 4 * GRACE, limit / 2) / 60:.3f}"]
+        print(f"{stage.name} ... at most {limit:.0f} s", file=sys.stderr, flush=True)
         start = time.monotonic()
         text, status = self.child(command, limit)
         words = {0: "done", None: "stopped at its time limit"}.get(status, f"FAILED with exit status {status}")

@@ -335,13 +335,17 @@ COUNTED = (*SHORT, "llm-rms-4096-n4096", "dit-xl-1152-32x256", "dit-token-1152-4
 QUICK = SHORT[:13]
 
 
+def names() -> list[str]:
+    return [shape.name for shape in SHAPES]
+
+
 def select(
-    groups: list[str] | None = None, words: list[str] | None = None, short: bool = False, of: tuple[str, ...] = SHORT
+    groups: list[str] | None = None, names: list[str] | None = None, short: bool = False, of: tuple[str, ...] = SHORT
 ) -> list[Shape]:
-    """Shapes of these groups whose name contains one of ``words``; with ``short`` only those that ``of`` lists."""
+    """Shapes of these groups and names; with ``short`` only those that ``of`` lists."""
     found = [shape for shape in SHAPES if groups is None or shape.group in groups]
-    if words is not None:
-        found = [shape for shape in found if any(word in shape.name for word in words)]
+    if names is not None:
+        found = [shape for shape in found if shape.name in names]
     if short:
         found = sorted((shape for shape in found if shape.name in of), key=lambda shape: of.index(shape.name))
     return found

@@ -18,7 +18,8 @@ from unittest import mock
 import torch
 
 from triton_norm import autotune
-from triton_norm.cli.demo import DTYPES, Progress, table
+from triton_norm.cli.demo import DTYPES, table
+from triton_norm.cli.progress import Progress
 from triton_norm.geometry import view
 from triton_norm.launching import devices
 from triton_norm.ops.backend import INTERPRETED
@@ -177,7 +178,7 @@ HEADER = ("shape", "direction", "dtype", "launches", "bytes/element", "minimum",
 def parser() -> Parser:
     parser = Parser(prog="bench.traffic", description=__doc__)
     add = parser.add_argument
-    common.add_shapes(parser, shapes.GROUPS)
+    common.add_shapes(parser, shapes.GROUPS, shapes.names())
     add("--dtypes", type=common.comma_list(shapes.HALF_AND_FULL, "dtype"), default=["float16"], metavar="A,B",
         help=f"{', '.join(shapes.HALF_AND_FULL)} (default: float16)")  # fmt: skip
     add("--all", action="store_true", help="every shape, not only the short list: minutes")
@@ -194,7 +195,7 @@ def run(arguments) -> int:
     short = not (arguments.all or arguments.groups or arguments.shapes)
     chosen = shapes.select(arguments.groups, arguments.shapes, short, shapes.COUNTED)
     if not chosen:
-        raise UserError("no shape has such a name")
+        raise UserError("nothing to do: no shape, group and dtype fit together")
     if arguments.out:
         common.write_csv(arguments.out, FIELDS, [])
     with clusters(arguments.clusters):

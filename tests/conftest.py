@@ -5,6 +5,8 @@ Without a GPU the kernels run in Triton's interpreter, which has to be switched 
 """
 
 import os
+import random
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,9 +26,13 @@ settings.register_profile(
 settings.load_profile("few")
 
 
+def on_a_gpu(config: pytest.Config) -> bool:
+    """Whether ``-m`` asks for tests that need a GPU. One that does not name them, as "not slow", leaves them out."""
+    return re.search(r"(?<!not )\bgpu\b", config.getoption("markexpr")) is not None
+
+
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs a GPU; run with -m gpu")
-    if config.getoption("markexpr") != "gpu":
+    if not on_a_gpu(config):
         os.environ["TRITON_INTERPRET"] = "1"
         # The tensors are too small to share between threads, and there is a process for every core.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -34,7 +40,37 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+#: Files whose tests all take long: they compile for GPUs, count bytes of large tensors, train, draw examples at random,
+#: or start processes of their own.
+SLOW = {
+    "test_any_call.py", "test_bench_offline.py", "test_bench_roofline.py", "test_bound.py", "test_check.py",
+    "test_cli.py", "test_networks.py", "test_notebooks.py", "test_offline_compile.py", "test_operations.py",
+    "test_parallel.py", "test_sync.py", "test_traffic.py", "test_training.py", "test_tune_cli.py",
+}  # fmt: skip
+#: How many cases of any other test, on each backend, are fast.
+FAST_CASES = 1
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with many cases a few stay fast: the same ones every time, wherever they lie."""
+    repeated: dict[tuple[str, str | None], list[pytest.Item]] = {}
+    for item in items:
+        on = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+        repeated.setdefault((item.nodeid.split("[")[0], on), []).append(item)
+    for (name, on), cases in repeated.items():
+        count = 0 if cases[0].path.name in SLOW else min(FAST_CASES, len(cases))
+        fast = random.Random(f"{name} {on}").sample(range(len(cases)), count)
+        for at, item in enumerate(cases):
+            if at not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not on_a_gpu(config):
+        left_out = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    mark_slow(items)
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))
 

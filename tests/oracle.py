@@ -109,6 +109,7 @@ class Arguments:
     #: Of "layer" and "rms": added to x before the norm, and whether the sum is a result too.
     pre_residual: Tensor | None = None
     return_sum: bool = False
+    memory_efficient: bool = False
 
 
 @dataclass
@@ -248,6 +249,8 @@ def call(
         fused["unit_offset"] = True
     if a.return_sum:
         fused["return_sum"] = True
+    if a.memory_efficient:
+        fused["memory_efficient"] = True
     if a.kind in ROWS:
         if a.kind == "rms":
             return functional.rms_norm(x, a.normalized_shape, weight, a.eps, **fused)

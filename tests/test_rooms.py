@@ -12,7 +12,7 @@ ROOT = Path(triton_norm.__file__).parent
 #: From top to bottom. Imports point down, or stay in their room; ``__init__`` stands above them all.
 ROOMS = (
     {"__main__", "cli"}, {"models"}, {"fusion"}, {"layers"}, {"functional"}, {"ops"}, {"launching"}, {"tuning"},
-    {"activations", "spec"}, {"kernels"}, {"geometry"},
+    {"activations", "spec"}, {"kernels"}, {"geometry", "types"},
 )  # fmt: skip
 LEVEL = {name: level for level, names in enumerate(ROOMS) for name in names}
 MOST_LINES = 450

@@ -5,7 +5,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import triton_norm
+
 from .cli import check, demo, info, tune
+from .cli.streams import piped
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,6 +20,7 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser() -> Parser:
     parser = Parser(prog="triton-norm", description="Fused normalization layers for PyTorch, in Triton.")
+    parser.add_argument("--version", action="version", version=f"triton-norm {triton_norm.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (demo, check, tune, info):
         summary = module.SUMMARY
@@ -31,14 +35,16 @@ def build_parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
-    try:
-        return arguments.run(arguments)
-    except info.UserError as error:
-        arguments.command.error(str(error))
-    except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+    with piped():
+        arguments = build_parser().parse_args(argv)
+        try:
+            return arguments.run(arguments)
+        except info.UserError as error:
+            arguments.command.error(str(error))
+            raise  # not reached: that exits
+        except KeyboardInterrupt:
+            print(file=sys.stderr)
+            return 130
 
 
 if __name__ == "__main__":

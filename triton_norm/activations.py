@@ -3,13 +3,14 @@
 To add one, add its two functions to ``kernels/activations.py`` and its row here.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels import activations as device
 
@@ -21,7 +22,7 @@ class Activation:
     value: Any
     derivative: Any
     #: ``torch(z, *parameters)`` is the same function on tensors, differentiable.
-    torch: Callable[..., torch.Tensor]
+    torch: Callable[..., Tensor]
     #: The ``torch.nn`` class an instance of which selects this row ...
     module: type[nn.Module] | None = None
     #: ... and the attribute value that tells it from another row of the same class.
@@ -30,14 +31,31 @@ class Activation:
     parameters: tuple[tuple[str, float], ...] = ()
     #: Where the derivative has two values only: ``levels(*parameters) == (on, off)``. One bit then stands for z.
     levels: Callable[..., tuple[float, float]] | None = None
+    #: From y to z: on the device, on tensors, and for which parameters there is such a function.
+    inverse: tuple[Any, Callable[..., Tensor], Callable[..., bool]] | None = None
 
 
 def _on_off(*_: float) -> tuple[float, float]:
     return 1.0, 0.0
 
 
+def _leaky_relu_inverse(y: Tensor, slope: float, _: float | None, least: float) -> Tensor:
+    return torch.where(y > 0, y, y / slope)
+
+
+def _elu_inverse(y: Tensor, alpha: float, _: float | None, least: float) -> Tensor:
+    return torch.where(y > 0, y, torch.log1p((y.clamp(max=0.0) / alpha).clamp(min=least - 1.0)))
+
+
+def _softplus_inverse(y: Tensor, beta: float, threshold: float, least: float) -> Tensor:
+    s = (y * beta).clamp(min=least)
+    return torch.where(s > threshold, y, (s + torch.log(-torch.expm1(-s))) / beta)
+
+
 ACTIVATIONS: dict[str, Activation] = {
-    "identity": Activation(device.identity, device.one, lambda z: z),
+    "identity": Activation(
+        device.identity, device.one, lambda z: z, inverse=(device.identity_inverse, lambda y, *_: y, lambda: True)
+    ),
     "relu": Activation(device.relu, device.relu_derivative, F.relu, nn.ReLU, levels=_on_off),
     "relu6": Activation(
         device.hardtanh,
@@ -54,8 +72,16 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.LeakyReLU,
         parameters=(("negative_slope", 0.01),),
         levels=lambda slope: (1.0, slope),
+        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, lambda slope: slope > 0),
     ),
-    "elu": Activation(device.elu, device.elu_derivative, F.elu, nn.ELU, parameters=(("alpha", 1.0),)),
+    "elu": Activation(
+        device.elu,
+        device.elu_derivative,
+        F.elu,
+        nn.ELU,
+        parameters=(("alpha", 1.0),),
+        inverse=(device.elu_inverse, _elu_inverse, lambda alpha: alpha > 0),
+    ),
     "celu": Activation(device.celu, device.celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
     "selu": Activation(device.selu, device.selu_derivative, F.selu, nn.SELU),
     "gelu": Activation(device.gelu, device.gelu_derivative, F.gelu, nn.GELU, ("approximate", "none")),
@@ -74,6 +100,8 @@ ACTIVATIONS: dict[str, Activation] = {
         F.softplus,
         nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
+        # Where it jumps to the straight line it must not jump over what a float32 tells apart.
+        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, threshold: beta > 0 and threshold >= 15),
     ),
     "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
     "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
@@ -107,9 +135,9 @@ class Resolved(NamedTuple):
 
     name: str
     parameters: tuple[float, ...] = ()
-    slope: torch.Tensor | None = None
+    slope: Tensor | None = None
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor) -> Tensor:
         tensors = () if self.slope is None else (self.slope,)
         return ACTIVATIONS[self.name].torch(z, *self.parameters, *tensors)
 
@@ -129,7 +157,7 @@ _BY_ONLY_CLASS = {
 }
 
 
-def resolve(activation: None | str | nn.Module) -> Resolved:
+def resolve(activation: Any) -> Resolved:
     """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
 
     Raises ``ValueError`` listing what is supported for anything else; a subclass of a ``torch.nn`` activation
@@ -154,3 +182,32 @@ def resolve(activation: None | str | nn.Module) -> Resolved:
         f"unsupported activation {activation!r}: expected None, one of {', '.join(map(repr, NAMES))}, "
         f"or an instance of {classes}"
     )
+
+
+class Kept(NamedTuple):
+    """What is left of z, and of x̂ = (z - bias) / weight, where y was kept in some dtype."""
+
+    #: x̂ is lost where |weight| < ``limit`` |bias| + ``floor``. At the limit, the square root of the dtype's rounding,
+    #: y's own rounding moves x̂ by as much: 2% of its standard deviation in float16, 4% in bfloat16, 0.02% in float32.
+    limit: float
+    floor: float
+    #: How near to an asymptote y rounds to it; z is taken to be no further out.
+    least: float
+
+
+def kept(name: str, parameters: tuple[float, ...], dtype: torch.dtype) -> Kept:
+    """Of an activation that can be inverted. ``floor`` is where y's subnormal numbers are too coarse."""
+    info = torch.finfo(dtype)
+    rounding, wide = info.eps / 2, dtype == torch.float64
+    # The smallest numbers that a float32, and a float64, has a reciprocal of.
+    smallest = 1e-300 if wide else 1e-36
+    limit, gain = math.sqrt(rounding), min(1.0, *parameters[:1], 1.0) if name != "softplus" else 1.0
+    subnormal = info.smallest_normal * info.eps
+    least = parameters[0] * subnormal / 2 if name == "softplus" else rounding
+    return Kept(limit, max(info.smallest_normal * limit / gain, smallest), max(least, smallest))
+
+
+def can_be_inverted(name: str, parameters: tuple[float, ...]) -> bool:
+    """Whether z can be told from y."""
+    inverse = ACTIVATIONS[name].inverse
+    return inverse is not None and inverse[2](*parameters)

@@ -13,7 +13,22 @@ import pytest
 import torch
 from torch import nn
 
-from bench import contenders, host, kernels, layers, passes, plot, readme, roofline, run, session, shapes, traffic
+from bench import (
+    common,
+    contenders,
+    host,
+    kernels,
+    layers,
+    passes,
+    plot,
+    readme,
+    roofline,
+    run,
+    session,
+    shapes,
+    traffic,
+    traffic_plot,
+)
 from bench.offline import Report
 from bench.shapes import Shape
 from triton_norm.kernels.structs import Block, Norm
@@ -71,6 +86,16 @@ def test_plain_and_fused_are_the_same_layer(shape, on_torch):
     assert tuple(tuple(y.shape) for y in found) == small.output_sizes
     for e, f in zip(expected, found, strict=True):
         torch.testing.assert_close(f, e)
+
+
+def test_an_exact_name_is_that_shape_alone():
+    """Others begin with it; a part stands for all that have it."""
+    parse = common.names_of(shapes.names(), "shape")
+    name = "cyclegan-block-256x64x64-n1"
+    assert [n for n in shapes.names() if name in n] != [name]
+    assert parse(name) == [name]
+    assert [shape.name for shape in shapes.select(names=parse(name))] == [name]
+    assert parse(f"patchgan, {name}") == [*(n for n in shapes.names() if "patchgan" in n), name]
 
 
 def test_known_passes():
@@ -174,6 +199,7 @@ def test_instance_norm_moves_the_minimum(in_interpreter):
     assert totals["backward"]["eager"] == 16
 
 
+@pytest.mark.slow
 def test_committed_bytes_are_those_of_today(in_interpreter):
     shape = next(shape for shape in shapes.SHAPES if shape.name == "patchgan-512x31x31-n1")
     committed = [row for row in table(readme.RESULTS / "traffic.csv") if row["shape"] == shape.name]
@@ -342,6 +368,7 @@ def gpu_results(**changes) -> dict:
     return {"environment": environment | changes, "copy_gb_s": 4000.0, "reached": 1, "of": 1, "rows": rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_plots_show_something_and_say_where_from(device, tmp_path, monkeypatch, capsys):
     captions = []
@@ -368,22 +395,28 @@ def test_captions_name_hardware_and_versions():
     assert run.CPU_CAVEAT in run.common.caption(found | {"device": "cpu"})
 
 
-SECTIONS = ("clusters", "host", "kernels", "modelled", "times", "traffic")
-README = "\n".join(f"{readme.BEGIN.format(name)}\nold\n{readme.END.format(name)}" for name in SECTIONS)
+def write_pages(root):
+    """README.md and docs/measurements.md with old sections."""
+    (root / "docs").mkdir(parents=True)
+    for name, sections in readme.PAGES.items():
+        old = "\n".join(f"{readme.BEGIN.format(section)}\nold\n{readme.END.format(section)}" for section in sections)
+        (root / name).write_text(f"before\n{old}\nafter\n")
 
 
 def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
-    page, results = tmp_path / "README.md", tmp_path / "results"
-    arguments = ["--readme", str(page), "--results", str(results)]
-    page.write_text(f"before\n{README}\nafter\n")
+    short, page, results = tmp_path / "README.md", tmp_path / "docs" / "measurements.md", tmp_path / "results"
+    arguments = ["--root", str(tmp_path), "--results", str(results)]
+    write_pages(tmp_path)
     assert readme.main([*arguments, "--check"]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [f"{path} is out of date: run python -m bench.readme" for path in (short, page)]
     assert readme.main(arguments) == 0
     assert readme.main([*arguments, "--check"]) == 0
-    text = page.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("\nafter\n")
-    assert readme.NOTHING in text
-    assert "old" not in text
+    for text in (short.read_text(), page.read_text()):
+        assert text.startswith("before\n")
+        assert text.endswith("\nafter\n")
+        assert readme.NOTHING in text
+        assert "old" not in text
 
     (results / "imagined").mkdir(parents=True)
     (results / "imagined" / "run.json").write_text(json.dumps(gpu_results()))
@@ -394,8 +427,10 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert "Imagined GPU" in text
     assert "driver 1.2.3" in text
     assert "| float16 | both | triton_norm | 2.00 | 2.00 | 20 |" in text
-    assert "](results/imagined/speedup.png)" in text
+    assert "](../results/imagined/speedup.png)" in text
     assert "memory.png" not in text
+    assert "- Imagined GPU, speed-up over eager, geometric means over the shapes: float16 " in short.read_text()
+    assert readme.NOTHING not in short.read_text()
 
     row = {"target": "sm_75", "kernel": "normalize", "dtype": "float32", "registers": 40, "spills": 0, "shared": 512}
     row |= {"verdict": "ok", "first_shape": "a-shape"}
@@ -420,10 +455,43 @@ def test_readme_takes_its_numbers_from_results(tmp_path, capsys):
     assert f"| `{pattern}` | 1 | 1.5-1.5 | {reason} |\n| a-shape strange | 1 | 2.2 | unexplained |" in text
 
 
-def test_the_readme_is_up_to_date():
+def test_readme_tells_bytes_and_host_times_in_brief(tmp_path, capsys):
+    page, results = tmp_path / "README.md", tmp_path / "results"
+    arguments = ["--root", str(tmp_path), "--results", str(results)]
+    write_pages(tmp_path)
+    results.mkdir()
+    row = {"shape": "a-shape", "what": "a norm", "direction": "forward", "kernel": traffic_plot.TOTAL, "launches": 1}
+    rows = [row | {"bytes": 5, "minimum": 4, "eager": 10}, row | {"shape": "b", "bytes": 4, "minimum": 4, "eager": 32}]
+    rows += [row | {"direction": "backward", "bytes": 6, "minimum": 6, "eager": 18}]
+    traffic.common.write_csv(results / "traffic.csv", traffic.FIELDS, rows)
+    bare = {"layer": "bare Triton launch", "total_us": 10.0}
+    both = {"direction": "both", "layer": "fast", "total_us": 50.4, "unfused_us": 90.0}
+    forward = both | {"direction": "forward", "no_grad_us": 3}
+    slow = [line | {"layer": "slow", "unfused_us": 40.0} for line in (both, forward)]
+    fields = ("layer", "direction", "total_us", "unfused_us", "no_grad_us")
+    host.common.write_csv(results / "host-triton-1.2.csv", fields, [bare, both, forward, *slow])
+    assert readme.main(arguments) == 0
+    text = " ".join(page.read_text().split())
+    assert "shapes, geometric means: than PyTorch eager 4.0 times fewer bytes forward (2.0 to 8.0), 1.12 times" in text
+    assert "; 3.0 times fewer bytes backward (3.0 to 3.0), 1.00 times the fewest possible." in text
+    assert "With Triton 1.2, forward + backward: - less than PyTorch's operators: fast (50 against 90 µs);" in text
+    assert "- as much or more: slow (50 against 40 µs)." in text
+    # The picture is not there, then drawn from these counts, then from others.
+    assert "bytes.png is out of date: run python -m bench.traffic_plot" in capsys.readouterr().err
+    assert readme.main([*arguments, "--check"]) == 1
+    picture = tmp_path / "docs" / "images" / "bytes.png"
+    assert traffic_plot.main(["--counts", str(results / "traffic.csv"), "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert readme.main([*arguments, "--check"]) == 0
+    traffic.common.write_csv(results / "traffic.csv", traffic.FIELDS, [*rows, row | {"kernel": "normalize"}])
+    assert readme.main([*arguments, "--check"]) == 1
+
+
+def test_the_pages_are_up_to_date():
     assert readme.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_session_dry_run_leaves_a_few_files(tmp_path, monkeypatch, capsys):
     measure = [sys.executable, "-m", "bench.run", *QUICK]
     monkeypatch.setattr(session, "stages", lambda *arguments: [
@@ -535,7 +603,7 @@ def test_what_does_not_compile_or_fit_is_a_fault():
 
 
 SCRIPTS = {"run": run, "plot": plot, "traffic": traffic, "kernels": kernels, "host": host, "session": session,
-           "readme": readme}  # fmt: skip
+           "readme": readme, "traffic_plot": traffic_plot}  # fmt: skip
 BAD = {
     "run group": ("run", ["--groups", "gan"], "argument --groups: unknown group 'gan': expected one of cyclegan, "),
     "run dtype": ("run", ["--dtypes", "float64"], "unknown dtype 'float64'"),
@@ -543,11 +611,14 @@ BAD = {
     "run no direction": ("run", ["--directions", ","], "unknown direction ','"),
     "run minutes": ("run", ["--minutes", "0"], "expected a number above zero, but got '0'"),
     "run seconds": ("run", ["--seconds", "soon"], "expected a number above zero, but got 'soon'"),
-    "run no shape": ("run", ["--device", "cpu", "--shapes", "vgg"], "nothing to measure"),
+    "run no shape": ("run", ["--shapes", "vgg"], "unknown shape 'vgg': expected (a part of) one of cyclegan-"),
+    "run empty shape": ("run", ["--shapes", ","], "argument --shapes: unknown shape ',': expected (a part of)"),
+    "run not on a GPU": ("run", ["--quick"], "PyTorch sees no GPU here; --device cpu shows that the script works"),
     "run no GPU": ("run", ["--device", "cuda"], "device 'cuda' asked for, but PyTorch sees no GPU here"),
     "run device": ("run", ["--device", "tpu"], "unknown device 'tpu'"),
     "run out": ("run", [*QUICK, "--shapes", "patchgan", "--out", "file/x"], "cannot make the directory file/x: "),
-    "traffic no shape": ("traffic", ["--shapes", "vgg"], "no shape has such a name"),
+    "traffic no shape": ("traffic", ["--shapes", "patchgan,vgg"], "unknown shape 'vgg': expected (a part of)"),
+    "traffic nothing": ("traffic", ["--shapes", "patchgan", "--groups", "cyclegan"], "nothing to do: no shape, group"),
     "traffic out": ("traffic", ["--out", "nowhere/t.csv"], "cannot write nowhere/t.csv: No such file"),
     "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_75, sm_80, "),
     "kernels interpreted": ("kernels", ["--quick"], "TRITON_INTERPRET is set"),
@@ -558,9 +629,12 @@ BAD = {
     "plot other JSON": ("plot", ["other.json"], "other.json is not a results file of bench.run"),
     "plot no rows": ("plot", ["empty.json"], "there is no measured row in this file"),
     "plot dtype": ("plot", ["run.json", "--dtype", "int8"], "no rows of int8 in this file: it has float16"),
-    "readme no page": ("readme", ["--readme", "nowhere"], "cannot read nowhere: No such file"),
-    "readme no section": ("readme", ["--readme", "file"], "the README has no section <!-- times"),
-    "readme CPU results": ("readme", ["--readme", "page", "--results", "results"], "was not measured on a GPU"),
+    "readme no page": ("readme", ["--root", "nowhere"], "cannot read nowhere/README.md: No such file"),
+    "readme no section": ("readme", ["--root", "bare"], "bare/README.md has no section <!-- speed-ups"),
+    "readme CPU results": ("readme", ["--root", "root", "--results", "results"], "was not measured on a GPU"),
+    "picture no counts": ("traffic_plot", ["--counts", "nowhere"], "cannot read nowhere: No such file"),
+    "picture no totals": ("traffic_plot", ["--counts", "counts.csv"], "counts.csv has no totals"),
+    "picture out": ("traffic_plot", ["--out", "file/x.png"], "cannot make the directory file: "),
     "session no out": ("session", [], "required: --out"),
     "session no GPU": ("session", ["--out", "x"], "PyTorch sees no GPU here; --device cpu makes a dry run"),
     "session minutes": ("session", ["--out", "x", "--minutes=-1"], "expected a number above zero, but got '-1'"),
@@ -573,7 +647,10 @@ def test_bad_input_is_one_line(script, arguments, message, tmp_path, monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("no JSON")
     (tmp_path / "other.json").write_text("[]")
-    (tmp_path / "page").write_text(README)
+    (tmp_path / "counts.csv").write_text("shape,what,kernel\n")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "README.md").write_text("nothing")
+    write_pages(tmp_path / "root")
     (tmp_path / "run.json").write_text(json.dumps(gpu_results()))
     (tmp_path / "empty.json").write_text(json.dumps(gpu_results() | {"rows": []}))
     (tmp_path / "results" / "cpu").mkdir(parents=True)

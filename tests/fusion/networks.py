@@ -15,11 +15,14 @@ class Network(NamedTuple):
     package: str
     make: Callable[[], nn.Module]
     inputs: dict[str, Any]
-    #: How many operations stand behind its norms.
+    #: How many operations stand behind its norms, and sums ahead of them, where ``fuse`` can see them.
     operations: int
     result: Callable[[Any], Tensor] = lambda output: output
     #: Relative.
     tolerance: float = 1e-7
+    #: How many of these ``fuse`` leaves, and how many operations a captured graph shows: by default as many.
+    stay: int = 0
+    captured: int | None = None
 
 
 def image(*shape: int) -> Tensor:
@@ -97,6 +100,30 @@ def llama() -> nn.Module:
     ))  # fmt: skip
 
 
+def gpt2() -> nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=32, n_positions=32, n_embd=16, n_layer=2, n_head=2, attn_pdrop=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        bos_token_id=None, eos_token_id=None,
+    ))  # fmt: skip
+
+
+def dit() -> nn.Module:
+    from diffusers import DiTTransformer2DModel
+
+    return DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, norm_num_groups=4, num_embeds_ada_norm=10,
+    )  # fmt: skip
+
+
+def vit() -> nn.Module:
+    return timm(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=12, depth=3, num_heads=2, num_classes=5
+    )  # fmt: skip
+
+
 def nnunet() -> nn.Module:
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
 
@@ -119,10 +146,17 @@ def sample(output: Any) -> Tensor:
     return output.sample
 
 
+def logits(output: Any) -> Tensor:
+    return output.logits
+
+
 X = {"x": image(2, 3, 64, 64)}
 GREY = {"x": image(2, 1, 32, 32)}
 DIFFUSION = {"sample": image(1, 3, 16, 16), "timestep": torch.tensor([7])}
 LATENT = {"sample": image(1, 3, 16, 16)}
+PATCHES = {
+    "hidden_states": image(2, 4, 8, 8), "timestep": torch.tensor([3, 7]), "class_labels": torch.tensor([1, 2]),
+}  # fmt: skip
 TOKENS = {"input_ids": torch.arange(12).reshape(2, 6)}
 
 NETWORKS = {
@@ -134,8 +168,13 @@ NETWORKS = {
     "timm convnext_tiny": Network("timm", lambda: timm("convnext_tiny", num_classes=5, dims=(4, 8, 16, 32)), X, 0),
     "MONAI UNet": Network("monai", monai_unet, GREY, 9),
     "MONAI BasicUNet": Network("monai", basic_unet, GREY, 18),
+    # Sums at the ends of blocks, and their norms at the beginnings of the next: what is a forward's own is fused.
+    "timm vit_tiny": Network("timm", vit, {"x": image(2, 3, 32, 32)}, 6, stay=3),
+    "HF GPT-2": Network("transformers", gpt2, TOKENS, 2, logits, captured=4),
     # Its own norm computes in float32, whatever the input.
-    "HF Llama": Network("transformers", llama, TOKENS, 0, lambda output: output.logits, 1e-4),
+    "HF Llama": Network("transformers", llama, TOKENS, 2, logits, 1e-4, captured=4),
+    # Whose blocks ask for what torch.fx cannot know.
+    "diffusers DiT": Network("diffusers", dit, PATCHES, 4, sample, captured=14),
     "nnU-Net": Network("dynamic_network_architectures", nnunet, GREY, 10),
     "nnU-Net ResEnc": Network("dynamic_network_architectures", resenc, GREY, 18),
 }

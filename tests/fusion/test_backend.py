@@ -5,7 +5,6 @@ import copy
 import functools
 import importlib.metadata
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -404,15 +403,3 @@ def test_the_name_is_known():
            "assert torch._dynamo.lookup_backend('triton_norm').__module__ == 'triton_norm.fusion.backend'"  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(Path(tn.__file__).parents[1])}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_readme(capsys):
-    """Both examples print what the page says."""
-    page = (Path(tn.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    section = page[page.index("## Models that nobody here wrote") :]
-    reports = re.findall(r"^```\n(Fused .*?)^```$", section, re.DOTALL | re.MULTILINE)
-    (code,) = (c for c in re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE) if "backend=" in c)
-    exec(code.replace('"triton_norm")', '"triton_norm", options={"rest": "eager"})'), {})
-    assert capsys.readouterr().out == reports[1]
-    layers = nn.ReflectionPad2d(1), nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.ReflectionPad2d(1)
-    assert str(tn.fuse_report(tn.fuse(nn.Sequential(*layers, nn.Conv2d(8, 3, 3))))) + "\n" == reports[0]

@@ -443,6 +443,16 @@ def test_questions_about_arguments(name):
                 torch.testing.assert_close(fused(x, t), want)
 
 
+def test_arguments_of_compiled_functions_that_take_numbers():
+    """Arguments pass for tensors, but not where torch would look into them."""
+    def forward(m, x):
+        y = 0.5 * x + torch.pow(x, 3.0) + torch.pow(2.0, x) + torch.where(x > 0, x, 1.0)
+        return F.relu(m.norm(y)) if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter) else x
+
+    fused = fused_like(Apply(forward, norm=nn.BatchNorm2d(4)), normal(2, 4, 5, 6), steps=1)
+    assert tn.fuse_report(fused).fused == {"norm": "BatchNorm2d + relu"}
+
+
 def test_questions_about_what_was_computed():
     """Of these a trace knows nothing: the inner forward is called as it is, and what is around it is fused."""
     class Inner(nn.Module):

@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import io
 import time
+from pathlib import Path
 
 import networks
 import plain
@@ -43,6 +44,7 @@ def check(network, ours, call, reference):
         found = []
         for function, model in calls:
             model.train(training).zero_grad()
+            torch.manual_seed(0)  # for labels that are dropped
             y = network.result(function(**network.inputs))
             direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=y.dtype)
             (y * direction).sum().backward()
@@ -69,8 +71,18 @@ def test_fuse(network):
     check(network, fused, fused, reference)
     report = tn.fuse_report(fused)
     assert report.operations == network.operations
-    assert report.remaining <= 0.05 * report.operations
+    assert report.remaining == network.stay
     assert len(report.stayed) == report.remaining
+
+
+def test_the_page():
+    """The page's figures are those that the networks are tested for."""
+    page = (Path(tn.__file__).parents[1] / "docs" / "fusing.md").read_text(encoding="utf-8")
+    seen, captured, stay = map(sum, zip(*[
+        (n.operations, n.operations if n.captured is None else n.captured, n.stay) for n in networks.NETWORKS.values()
+    ], strict=True))  # fmt: skip
+    said = f"sees {captured} operations around their norms and fuses all, `fuse` sees {seen} and leaves the {stay}"
+    assert said in " ".join(page.split())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs onnx, of the extra networks")
@@ -103,4 +115,5 @@ def test_backend(network):
     report = tn.fuse_report(torch.compile(model, backend=timed))
     assert report.remaining == 0
     # Where blocks alike share one compiled graph, it is listed once.
-    assert 0.85 * network.operations <= report.operations <= network.operations
+    there = network.operations if network.captured is None else network.captured
+    assert 0.85 * there <= report.operations <= there

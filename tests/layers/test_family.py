@@ -493,7 +493,10 @@ NAMESAKES = {
     "RMSNorm": [((5,), {}), (((3, 5), 1e-3), {}), ((5,), {"elementwise_affine": False})],
     "SyncBatchNorm": [((4,), {}), ((4, 1e-3, 0.2, False), {}), ((4,), {"bias": False, "track_running_stats": False})],
 }
-ADDS = {"GroupNorm": FUSED, "LayerNorm": FUSED[:1], "RMSNorm": FUSED[:1], "SyncBatchNorm": FUSED}
+KEEPS = ("memory_efficient",)
+ADDS = {
+    "GroupNorm": FUSED + KEEPS, "LayerNorm": FUSED[:1] + KEEPS, "RMSNorm": FUSED[:1] + KEEPS, "SyncBatchNorm": FUSED
+}
 
 
 def randomized(module, seed=0):

@@ -67,6 +67,11 @@ CALLED = {
     "SPADE2d.__init__": lambda: tn.SPADE2d(4, activaton="relu"),
     "ConvNormAct.__init__": lambda: tn.ConvNormAct(4, 4, 3, activaton="relu"),
     "BatchNorm2d.forward": lambda: tn.BatchNorm2d(4)(X, activaton="relu"),
+    "InstanceNorm3d.forward": lambda: tn.InstanceNorm3d(2)(X, activaton="relu"),
+    "SyncBatchNorm.forward": lambda: tn.SyncBatchNorm(4)(X, activaton="relu"),
+    "RMSNorm.forward": lambda: tn.RMSNorm(5)(X, activaton="relu"),
+    "LayerNorm2d.forward": lambda: tn.LayerNorm2d(4)(X, activaton="relu"),
+    "ConvNormAct.forward": lambda: tn.ConvNormAct(4, 4, 3)(X, activaton="relu"),
     "GroupNorm.forward": lambda: tn.GroupNorm(2, 4)(X, activaton="relu"),
     "LayerNorm.forward": lambda: tn.LayerNorm(5)(X, activaton="relu"),
     "SPADE2d.forward": lambda: tn.SPADE2d(4)(X, X, X, activaton="relu"),
@@ -82,6 +87,34 @@ CALLED = {
 def test_a_misspelt_keyword(name):
     with pytest.raises(TypeError, match=rf"^{name}\(\) got an unexpected keyword argument 'activaton'|inferrence"):
         CALLED[name]()
+
+
+NAMED = {"activation", "dtype", "memory_efficient", "residual", "unit_offset"}
+PADS = {"padding", "padding_mode", "return_unpadded"}
+AFFINE = {"bias", "weight"}
+ROWS = {"pre_residual", "return_sum"}
+FORWARDS = {
+    **dict.fromkeys((f"BatchNorm{n}d" for n in (1, 2, 3)), NAMED | PADS | AFFINE),
+    **dict.fromkeys((f"InstanceNorm{n}d" for n in (1, 2, 3)), NAMED | PADS | AFFINE | {"unbiased"}),
+    **dict.fromkeys(("GroupNorm", "SyncBatchNorm"), NAMED | PADS | AFFINE),
+    "LayerNorm": NAMED | AFFINE | ROWS,
+    "RMSNorm": NAMED | ROWS | {"weight"},
+    "LayerNorm2d": NAMED - {"unit_offset"} | PADS | AFFINE,
+    "AdaIN2d": NAMED | PADS | {"scale", "shift", "unbiased"},
+    "ConditionalBatchNorm2d": NAMED | PADS | {"labels"},
+    "SPADE2d": NAMED | PADS | {"beta", "gamma"},
+    "ConvNormAct": {"residual", "return_unpadded"},
+}
+
+
+@pytest.mark.parametrize("name", FORWARDS)
+def test_what_a_call_takes_has_a_name(name):
+    """For completion and for ``help``; and nothing else is taken."""
+    cls = getattr(tn, name)
+    for function in (cls, cls.forward):
+        assert not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    assert set(inspect.signature(cls.forward).parameters) - {"self", "input"} == FORWARDS[name]
+    assert cls.forward.__qualname__ == f"{name}.forward"
 
 
 def test_constructors_are_what_they_were():

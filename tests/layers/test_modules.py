@@ -163,7 +163,7 @@ def test_signature_and_repr(name):
     names = list(inspect.signature(ours).parameters.values())
     for mine, other in zip(names, inspect.signature(theirs).parameters.values(), strict=False):
         assert (mine.name, mine.default, mine.kind) == (other.name, other.default, other.kind)
-    assert [p.name for p in names][-3:] == ["activation", "padding", "padding_mode"]
+    assert [p.name for p in names][-4:] == ["activation", "padding", "padding_mode", "memory_efficient"]
     assert repr(ours(4, 1e-3, 0.2, True, False)) == repr(theirs(4, 1e-3, 0.2, True, False))
     assert repr(ours(4, affine=False)) == repr(theirs(4, affine=False))
 

@@ -199,10 +199,11 @@ PADS = [(1, (2, 3, 4)), (2, (2, 3, 4)), ((1, 2), (2, 3, 4)), (1, (2, 3, 4, 5)), 
         ((-1, 1, 0, 2), (2, 3, 4, 5))]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["reflect", "replicate", "circular", "zeros"])
+@pytest.mark.parametrize("turn, mode", list(enumerate(["reflect", "replicate", "circular", "zeros"])))
 @pytest.mark.parametrize("padding, shape", PADS, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_padding(backend, kind, padding, shape, mode):
+def test_padding(backend, padding, shape, turn, mode):
+    """Both kinds meet every mode and every padding, but not every two of these."""
+    kind = KINDS[(PADS.index((padding, shape)) + turn) % 2]
     a = arguments(kind, shape, device=backend.device, padding=padding, padding_mode=mode, activation="silu")
     a.padding = list(padding) if mode == "zeros" and isinstance(padding, tuple) else padding
     check(a)

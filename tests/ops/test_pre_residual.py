@@ -20,8 +20,7 @@ def made(kind, backend, shape=SHAPE, **more):
     return arguments(**{"kind": kind, "shape": shape, "pre_residual": True, **more}, device=backend.device)
 
 
-@pytest.mark.parametrize("return_sum", [False, True], ids=["", "sum"])
-@pytest.mark.parametrize("affine", ["both", "bias", "none"])
+@pytest.mark.parametrize("affine, return_sum", [("both", True), ("both", False), ("bias", True), ("none", False)])
 @pytest.mark.parametrize("activation", [None, "relu", "silu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("kind", KINDS)

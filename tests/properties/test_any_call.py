@@ -101,8 +101,11 @@ def close(got: Tensor, want: Tensor, dtype: torch.dtype, size: float, what: str)
     assert worst <= 1, f"{what}: off by {worst:.3g} times what is allowed, at most {error.max().item():.3g}"
 
 
-def check(a: Arguments) -> None:
-    """As the oracle's own, but for shapes so small that sums may cancel: their terms are the measure then."""
+def check(a: Arguments, by_torch: bool) -> None:
+    """As the oracle's own, but for shapes so small that sums may cancel: their terms are the measure then.
+
+    Also of an element of x's gradient where torch's own functions round these terms to half precision.
+    """
     want, dy = expected(a)
     got = actual(a, dy)
     dtype, out = a.x.dtype, a.out or a.x.dtype
@@ -119,6 +122,8 @@ def check(a: Arguments) -> None:
         assert gradient.shape == true.shape
         whole = name in ("x", "residual")
         size = max(1.0, true.abs().max().item(), 0.0 if whole else dy.double().norm().item())
+        if name == "x" and by_torch and dtype in HALF and a.weight is not None:
+            size = max(size, (dy.double().abs().max() * a.weight.double().abs().max()).item())
         close(gradient, true, narrow, size, f"gradient of {name}")
     for name in ("running_mean", "running_var"):
         if getattr(want, name) is not None:
@@ -131,4 +136,4 @@ def test_any_call(backend, data):
     a = data.draw(calls(backend.device))
     for name, t in vars(a).items():
         note(f"{name}: {f'{tuple(t.shape)}, strides {t.stride()}, {t.dtype}' if isinstance(t, Tensor) else t}")
-    check(a)
+    check(a, backend.name == "torch")

@@ -16,8 +16,10 @@ import torch
 
 from ..kernels import AVAILABLE
 from . import cases, info
-from .demo import Progress, check_out, pick_device, table
+from .demo import pick_device, table
 from .info import UserError
+from .progress import Progress
+from .streams import check_out
 
 NAME = "check"
 SUMMARY = "run every kernel on this machine's device and compare the results with float64"

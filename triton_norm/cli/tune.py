@@ -20,9 +20,11 @@ from ..activations import resolve
 from ..tuning import autotune
 from ..tuning.problem import Problem
 from . import info, shapes
-from .demo import DTYPES, Progress, check_out, table
+from .demo import DTYPES, table
 from .info import UserError
+from .progress import Progress
 from .shapes import SHAPES, Case
+from .streams import check_out
 
 T = TypeVar("T")
 
@@ -179,16 +181,13 @@ def met(runs: Iterable[tuple[str, Callable[[], None]]], doing: str) -> list[Prob
 
 
 def progress(items: list[T], doing: str) -> Iterator[T]:
+    line = Progress(len(items))
     try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        line = Progress(len(items))
         for item in items:
             line(doing)
             yield item
+    finally:
         line.clear()
-        return
-    yield from tqdm(items, desc=doing, file=sys.stderr, leave=False)
 
 
 def label(problem: Problem) -> str:

@@ -25,7 +25,12 @@ _RESTS = ("inductor", "eager", "aot_eager")
 def backend(
     graph: fx.GraphModule, inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Any:
-    """A backend of ``torch.compile``: every norm (* scale + shift) (+ residual) (+ activation) (+ padding) in one pass.
+    """A backend of ``torch.compile``: every (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in
+    one pass.
+
+    The sum ahead is that of ``norm(x + f(x))``, for layer and RMS norms; what reads it besides gets it from the same
+    pass. An RMS norm that is written out in elementary operations is one too, and is multiplied with its weight before
+    it is rounded to half.
 
     ``options={"rest": name}`` says who compiles what is left: "inductor" (the default), "aot_eager", or "eager", which
     runs it as it is. ``mode`` and all other options are Inductor's. Raises ``ValueError`` for another ``rest``, or for
@@ -84,22 +89,21 @@ def _fuse(graph: fx.GraphModule) -> list[_Entry]:
             modules = dict(part.named_modules())
             chains = Finder(part.graph, modules).find(lambda _: "the compiler calls its module")
             entries += [_entry(chain, modules) for chain in reversed(chains)]
-            for chain in chains:
-                if chain.operations:
-                    replace(part.graph, chain)
+            replace(part.graph, [chain for chain in chains if chain.is_fused])
             part.graph.lint()
             part.recompile()
     return entries
 
 
 def _entry(chain: Chain, modules: dict[str, nn.Module]) -> _Entry:
-    node, count = chain.norm.node, len(chain.operations)
-    module, path, cls = innermost(node)
-    name = described(node, modules)
+    norm, count = chain.norm, len(chain.operations)
+    module, path, cls = innermost(norm.node)
+    name = norm.name or described(norm.node, modules)
+    function = "" if cls is not None and name == cls.__name__ else norm.name or norm.node.name
     return _Entry(
-        module, path, "" if cls is not None and name == cls.__name__ else node.name,
-        chain.words(modules) if count else "",
-        f"{name}, {followed(chain.norm.result, modules)}",
+        module, path, function,
+        chain.words(modules) if chain.is_fused else "",
+        f"{norm.words(modules)}, {followed(norm.result, modules)}",
         "" if chain.stayed is None else f"{described(chain.stayed[0], modules)}: {chain.stayed[1]}",
         count + (chain.stayed is not None),
     )  # fmt: skip

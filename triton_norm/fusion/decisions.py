@@ -1,7 +1,10 @@
 """What a forward asks about its arguments' types and shapes: answered one way in a trace, asked again at the call."""
 
+import builtins
 import operator
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ _SYMBOLS = {
 }  # fmt: skip
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device", "is_cuda")
 _METHODS = ("size", "dim")
+#: Those that ask about proxies for their own ends.
+_TRACERS = ("torch.fx", "torch.overrides", "torch._C", "torch.utils._pytree", __package__)
 
 
 class Decisions:
@@ -37,6 +42,27 @@ class Decisions:
             answer = self.given[place] if place < len(self.given) else answers[0]
             self.asked[question] = answer, tuple(a for a in answers if a != answer)
         return self.asked[question][0]
+
+    @contextmanager
+    def as_tensors(self, arguments: type) -> Iterator[None]:
+        """Has ``isinstance`` answer that what is of the class ``arguments`` is a tensor, and notes who was asked about.
+
+        Not by a ``__class__`` of theirs, which torch's compiled functions would believe as well.
+        """
+        real = builtins.isinstance
+
+        def answer(what: object, classes: Any) -> bool:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            if type(what) is not arguments or caller.startswith(_TRACERS):
+                return real(what, classes)
+            self.tensors.add(what.node.target)
+            return issubclass(arguments, classes) or issubclass(torch.Tensor, classes)
+
+        builtins.isinstance = answer
+        try:
+            yield
+        finally:
+            builtins.isinstance = real
 
     def forget(self) -> None:
         """The questions; what is given stays."""

@@ -1,4 +1,4 @@
-"""Finds norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph, of modules or of functions."""
+"""Finds (sum +) norm (* scale + shift) (+ residual) (+ activation) (+ padding) in a graph of modules and functions."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -9,14 +9,13 @@ from torch.fx import Node
 
 from ..layers import convert
 from ..layers.convert import dims_of, takes_padding
-from ..spec import BY_CHANNEL
+from ..ops.checks import HALF
+from ..spec import BY_CHANNEL, ROWS
 from . import meaning, trace
 from .meaning import Activation, Modules, Norm, described, example
-
-#: Functions whose results are memory of their own.
-_PURE_MODULES = (nn.modules.conv._ConvNd, nn.Linear, *convert.NORMS)
-#: Functions that change what later ones do.
-_SETTERS = ("_enter_", "_exit_", "_set_", "set_")
+from .memory import Memory
+from .views import activations_first
+from .written import rms_norm_of
 
 
 @dataclass
@@ -24,6 +23,10 @@ class Chain:
     """A norm in a graph, and what becomes part of it."""
 
     norm: Norm
+    #: The sum that is normalized, what it adds, and whether others read it too.
+    ahead: Node | None = None
+    addends: tuple[Node, Node] | None = None
+    keeps_sum: bool = False
     #: Nodes behind the norm that become part of it, in order, and the padding apart.
     behind: list[Node] = field(default_factory=list)
     #: What the result is multiplied with, or, with ``offset``, one less.
@@ -52,33 +55,42 @@ class Chain:
 
     @property
     def parts(self) -> list[Node]:
-        return [self.norm.node, *self.behind, *([] if self.pad is None else [self.pad])]
+        parts = (self.ahead, self.norm.node, *self.behind, self.pad)
+        return [node for node in parts if node is not None]
 
     @property
     def operations(self) -> list[Node]:
         """What was a pass of its own."""
         act = self.behind[-1] if self.activation is not None else None
-        found = (self.product, self.add, act, self.pad)
+        found = (self.ahead, self.product, self.add, act, self.pad)
         return [node for node in found if node is not None]
 
     def words(self, modules: Modules) -> str:
         """What is in its pass."""
-        words = [described(node, modules) for node in (self.norm.node, *self.operations)]
+        words = [described(node, modules) for node in self.operations]
         if self.gate is not None:
             words[-1 - (self.pad is not None)] = f"x * {described(self.gate, modules)}(x)"
-        return " + ".join(words) + (", padded and plain" if self.pair else "")
+        words.insert(self.ahead is not None, self.norm.words(modules))
+        more = ", padded and plain" if self.pair else ", and the sum" if self.keeps_sum else ""
+        return " + ".join(words) + more
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether there is more than one pass before: a norm that is written out is many."""
+        return bool(self.operations or self.norm.written)
 
     @property
     def reads(self) -> list[Node]:
         """The tensors that it is a function of."""
         slope = None if self.activation is None else self.activation.slope
-        more = (self.scale, self.shift, self.residual, slope)
+        more = (*(self.addends or ()), self.scale, self.shift, self.residual, slope)
         return [*self.norm.operands, *(node for node in more if node is not None)]
 
     @property
     def only_modules(self) -> bool:
         """Whether the norm's module can do all of it by its settings."""
-        plain = self.add is None and self.product is None and not self.pair and self.dropouts == ([], [])
+        sums = self.ahead is None and self.add is None
+        plain = sums and self.product is None and not self.pair and self.dropouts == ([], [])
         return plain and all(node.op == "call_module" for node in self.parts)
 
 
@@ -91,8 +103,10 @@ class Finder:
 
     def __post_init__(self) -> None:
         trace.follow_in_place(self.graph, self.modules)
+        activations_first(self.graph, self.modules)
         self.nodes = list(self.graph.nodes)
-        self.order = {node: i for i, node in enumerate(self.nodes)}
+        self.memory = Memory(self.nodes, self.modules)
+        self.order = self.memory.order
         self.calls: dict[int, int] = {}
         for node in self.nodes:
             if node.op == "call_module":
@@ -102,10 +116,10 @@ class Finder:
 
     def find(self, why_not: Callable[[nn.Module], str | None] = lambda norm: None) -> list[Chain]:
         """A chain for every norm, of the norm alone where nothing fits; ``why_not`` tells what keeps a module out."""
-        found = []
+        found, open_ = [], []
         # From the end: of two norms that are added, the later one finds the other's result ready.
         for node in reversed(self.nodes):
-            norm = meaning.norm_of(node, self.modules)
+            norm = meaning.norm_of(node, self.modules) or rms_norm_of(node)
             if norm is None:
                 continue
             reason = norm if isinstance(norm, str) else self._left(norm, why_not)
@@ -115,6 +129,10 @@ class Finder:
             chain = self._follow(norm)
             self.taken.update(chain.parts[1:])
             found.append(chain)
+            open_.append(chain)
+        # A sum behind one norm and ahead of another is the first one's: only now, and the first of two that read it.
+        for chain in reversed(open_):
+            self._precede(chain)
         for chain in found:
             if chain.stayed is not None and chain.stayed[0] in self.taken:
                 chain.stayed = None
@@ -198,8 +216,8 @@ class Finder:
     def _stays(self, chain: Chain, reader: Node) -> bool:
         """Whether the norm can be computed where ``reader`` stands."""
         later = ((chain.product, chain.scale), (chain.add, chain.residual or chain.shift))
-        reads = [(chain.norm.node, chain.norm.operands), *((node, [n]) for node, n in later if node is not None)]
-        if all(self._unchanged(node, reader, tensors) for node, tensors in reads):
+        reads = [(chain.norm.nodes[0], chain.norm.operands), *((node, [n]) for node, n in later if node is not None)]
+        if all(self.memory.unchanged(node, reader, tensors) for node, tensors in reads):
             return True
         chain.stayed = reader, "something between it and the norm may write into the norm's input"
         return False
@@ -244,7 +262,10 @@ class Finder:
         return None
 
     def _scale(self, chain: Chain, reader: Node, pair: tuple) -> bool:
-        """``norm(x) * scale``, where there is one number per channel, per sample and channel, or per element."""
+        """``norm(x) * scale``, where there is one number per channel, per sample and channel, or per element.
+
+        Of a norm of rows, one per column, in rows that broadcast.
+        """
         other = self._other(reader, chain.value, pair)
         if chain.product is not None or other is None or trace.mutated(reader, self.modules) not in (None, chain.value):
             return False
@@ -253,7 +274,10 @@ class Finder:
         g = meaning.one_plus(other)
         if example(chain.norm.x) is not None:
             form = self._form(other if g is None else g, chain)
-            if form is None or (form == "element" and (chain.norm.weight or chain.norm.bias) is not None):
+            if form is None:
+                return False
+            if form == "element" and (chain.norm.weight or chain.norm.bias) is not None:
+                chain.stayed = reader, "it scales every element of what has a weight or bias: give the norm no affine"
                 return False
         if not self._stays(chain, reader):
             return False
@@ -262,26 +286,91 @@ class Finder:
 
     def _is_shift(self, other: Node, chain: Chain) -> bool:
         """Whether a sum behind a product belongs to that; where shapes are not known, the call will see."""
-        return example(chain.norm.x) is None or self._form(other, chain) in ("channel", "sample")
+        if example(chain.norm.x) is None:
+            return True
+        form = self._form(other, chain)
+        if self._rows(chain.norm) is not None:
+            return form is not None and chain.norm.kind != "rms"
+        return form in ("channel", "sample")
 
     def _takes_affine(self, norm: Norm) -> bool:
         """Whether a wide weight and bias can be given at the call."""
+        if self._rows(norm) is not None:
+            return True
         if norm.module is None:
             return norm.kind in BY_CHANNEL
         return convert.takes_affine(self.modules[norm.module])
 
     def _form(self, p: Node, chain: Chain) -> str | None:
-        """How many numbers ``p`` has for a norm of (N, C, *): per "channel", "sample" (and channel) or "element"."""
-        x, p = example(chain.norm.x), example(p)
-        if x is None or p is None or p.dim() != x.dim() or p.dtype != x.dtype or p.device != x.device:
+        """How many numbers ``p`` has for a norm of (N, C, *): per "channel", "sample" (and channel) or "element".
+
+        For a norm of rows, "sample" is anything that broadcasts in front of them.
+        """
+        x, p, rows = example(chain.norm.x), example(p), self._rows(chain.norm)
+        if x is None or p is None or p.dim() > x.dim() or p.dtype != x.dtype or p.device != x.device:
             return None
-        equal = _equal(p.shape, x.shape)
-        single = _equal(p.shape, (1,) * p.dim())
-        if all(equal):
+        sizes = x.shape[x.dim() - p.dim() :]
+        equal, single = _equal(p.shape, sizes), _equal(p.shape, (1,) * p.dim())
+        if all(equal) and p.dim() == x.dim():
             return "element"
-        if not (equal[1] and all(single[2:])):
+        if rows is not None:
+            lines = p.dim() - len(rows)
+            fits = lines >= 0 and all(equal[lines:])
+            return "sample" if fits and all(map(max, equal[:lines], single[:lines])) else None
+        if p.dim() != x.dim() or not (equal[1] and all(single[2:])):
             return None
         return "sample" if equal[0] else "channel" if single[0] else None
+
+    def _precede(self, chain: Chain) -> None:
+        """Takes in the sum of two tensors that the norm is of, if that can be."""
+        add, rows = chain.norm.x, self._rows(chain.norm)
+        pair = meaning.addends(add)
+        if rows is None or pair is None or add in self.taken or not all(isinstance(p, Node) for p in pair):
+            return
+        reason = self._no_sum(chain, add, pair)
+        if reason is None:
+            chain.ahead, chain.addends = add, pair
+            chain.keeps_sum = any(user not in chain.norm.nodes for user in add.users)
+            self.taken.add(add)
+        else:
+            chain.stayed = chain.stayed or (add, reason)
+
+    def _no_sum(self, chain: Chain, add: Node, pair: tuple[Node, Node]) -> str | None:
+        """Why the norm cannot take in the sum ``add``."""
+        total, a, b = (example(node) for node in (add, *pair))
+        if total is not None:
+            if a is None or b is None:
+                return "it does not add two tensors"
+            if a.dim() != b.dim() or not all(_equal(a.shape, b.shape)):
+                return f"it adds a tensor of shape {tuple(b.shape)} to one of {tuple(a.shape)}"
+            # Under autocast a branch may be half, and the sum is not.
+            narrow = {a.dtype, b.dtype} - {total.dtype}
+            if a.device != b.device or (narrow and (total.dtype != torch.float32 or not narrow <= set(HALF))):
+                return f"it adds {b.dtype} to {a.dtype}"
+            if not (a.is_contiguous() and (b.is_contiguous() or not narrow)):
+                return "what it adds to is not contiguous"
+        if not self._is_within(chain.norm.node, add):
+            return "another forward than the norm's adds: torch.compile with this backend fuses that"
+        written = trace.mutated(add, self.modules)
+        if written is not None and not (written is pair[0] and self.memory.is_own(written, add)):
+            return "it writes into a tensor that others may read"
+        if any(self.order[user] <= self.order[chain.value] for user in add.users if user not in chain.norm.nodes):
+            return "the sum is read before the result is there, or for it"
+        if not self.memory.unchanged(add, chain.value, [add, *pair]):
+            return "something between the sum and the norm may write into what is added"
+        return None
+
+    def _is_within(self, norm: Node, add: Node) -> bool:
+        """Whether the forward that adds also normalizes, by itself or by a layer that is nothing else."""
+        outer, inner = (node.meta.get("scope") for node in (add, norm))
+        is_layer = inner and inner.startswith(outer) and not any(self.modules[inner].children())
+        return inner == outer or bool(is_layer)
+
+    def _rows(self, norm: Norm) -> tuple[int, ...] | None:
+        """The dims that a norm of rows is over."""
+        if norm.module is None:
+            return norm.spec.argument if norm.kind in ROWS else None
+        return convert.rows_of(self.modules[norm.module])
 
     def _pad(self, chain: Chain) -> None:
         value = chain.value
@@ -299,7 +388,7 @@ class Finder:
             padding = None if reader in self.taken else meaning.padding(reader, dims, self.modules)
             if isinstance(padding, str):
                 chain.stayed = chain.stayed or (reader, padding)
-            elif padding is not None and self._unchanged(value, reader, [value]):
+            elif padding is not None and self.memory.unchanged(value, reader, [value]):
                 chain.pad, chain.padding = reader, padding
                 chain.pair = len(value.users) > 1
                 break
@@ -318,57 +407,6 @@ class Finder:
         """The one node that reads this one and is not part of another chain."""
         readers = list(node.users)
         return readers[0] if len(readers) == 1 and readers[0] not in self.taken else None
-
-    # Who writes into what
-
-    def _unchanged(self, start: Node, end: Node, tensors: list[Node]) -> bool:
-        """Whether what lies between these two nodes leaves the tensors and the settings of torch as they are."""
-        between = self.nodes[self.order[start] + 1 : self.order[end]]
-        return not any(self._may_write(n, tensor) for n in between for tensor in tensors)
-
-    def _may_write(self, node: Node, tensor: Node) -> bool:
-        target = trace.mutated(node, self.modules)
-        if target is not None:
-            return target is tensor or not self._apart(target, tensor)
-        if node.op == "call_function":
-            name = getattr(node.target, "__name__", "")
-            if name.startswith(_SETTERS):
-                return True
-            if tensor not in node.all_input_nodes:
-                return False
-            norm = meaning.norm_of(node, self.modules)
-            return tensor in norm.running if isinstance(norm, Norm) else not _is_known(node.target)
-        if node.op != "call_module":
-            return False
-        known = type(self.modules[node.target]).__module__.startswith(("torch.nn", f"{__package__}."))
-        return not known and tensor in node.all_input_nodes
-
-    def _apart(self, written: Node, tensor: Node) -> bool:
-        """Whether these two are surely different memory."""
-        a, b = example(written), example(tensor)
-        if a is not None and b is not None:
-            if a.dtype != b.dtype:
-                return True
-            inputs = [_storage(example(n)) for n in self.nodes if n.op == "placeholder"]
-            return _storage(a) != _storage(b) and not {_storage(a), _storage(b)} <= set(inputs)
-        while (source := trace.mutated(written, self.modules)) is not None:
-            written = source
-        return written.op == "call_module" and isinstance(self.modules[written.target], _PURE_MODULES)
-
-
-def _is_known(function: object) -> bool:
-    """Whether a function is torch's or Python's own, of those that write into nothing."""
-    if isinstance(function, torch._ops.OpOverload):
-        return not function._schema.is_mutable
-    if isinstance(function, torch._ops.HigherOrderOperator):
-        return False
-    module = getattr(function, "__module__", None) or ""
-    known = ("torch", "_operator", "math", "builtins", __package__.split(".")[0])
-    return module.split(".")[0] in known or isinstance(function, type(torch.relu))
-
-
-def _storage(t: torch.Tensor | None) -> int | None:
-    return None if t is None or t.layout != torch.strided else t.untyped_storage()._cdata
 
 
 def _equal(a: Sequence[int], b: Sequence[int]) -> list[bool]:

@@ -64,6 +64,14 @@ class Norm(NamedTuple):
     bias: Node | None = None
     running_mean: Node | None = None
     running_var: Node | None = None
+    #: Of a norm that is written out, all its nodes in order, and what it is called.
+    written: tuple[Node, ...] = ()
+    name: str = ""
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        """All that are the norm, in order."""
+        return self.written or ((self.node,) if self.result is self.node else (self.node, self.result))
 
     @property
     def operands(self) -> list[Node]:
@@ -78,6 +86,9 @@ class Norm(NamedTuple):
     def kind(self) -> str | None:
         """The ``Spec``'s; None of a module."""
         return None if self.spec is None else self.spec.kind
+
+    def words(self, modules: Modules) -> str:
+        return f"{self.name} written out" if self.written else described(self.node, modules)
 
 
 class Activation(NamedTuple):

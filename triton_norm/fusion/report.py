@@ -8,8 +8,9 @@ class FuseReport:
     """What ``fuse`` or the backend did: paths of modules, and a line on each. Prints as a list.
 
     ``operations`` are the sums, activations, paddings and modulations that follow a norm, where nothing else reads
-    what they read, and activations and paddings wherever they read a norm's result; ``remaining`` are those of them
-    that are still a pass of their own, for the reasons in ``stayed``.
+    what they read, and activations and paddings wherever they read a norm's result; and the sums of two tensors that
+    layer and RMS norms are of. ``remaining`` are those of them that are still a pass of their own, for the reasons in
+    ``stayed``.
     """
 
     #: Norm -> what is in its pass now.

@@ -11,7 +11,6 @@ import functools
 import inspect
 import operator
 import random
-import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -83,17 +82,8 @@ class _Attribute(fx.proxy.Attribute):
 class _Argument(_Proxy):
     """An argument of the forward, which is a tensor for whoever asks but torch.fx."""
 
-    @property
-    def __class__(self) -> type:
-        if sys._getframe(1).f_globals.get("__name__", "").startswith((*_TRACERS, __name__)):
-            return _Argument
-        self.tracer.decisions.tensors.add(self.node.target)
-        return torch.Tensor
-
 
 _PLAIN = (dict, list, fx.immutable_collections.immutable_dict, fx.immutable_collections.immutable_list)
-#: Those that ask about proxies for their own ends.
-_TRACERS = ("torch.fx", "torch.overrides", "torch._C", "torch.utils._pytree")
 
 
 def _augmented(name: str) -> Callable:
@@ -289,7 +279,8 @@ def _trace(module: nn.Module, inline: Collection[nn.Module] | None, way: Way) ->
             while True:
                 tracer = _Tracer(inline, way, decisions, leaves)
                 try:
-                    return tracer.trace(module)
+                    with decisions.as_tensors(_Argument):
+                        return tracer.trace(module)
                 except Exception as error:
                     if tracer.failed is None or type(tracer.failed) in leaves:
                         reasons.append(error)

@@ -3,6 +3,8 @@
 Both functions take ``(z, a, b)``: z in the accumulation dtype, a and b the activation's parameters (compile-time
 numbers, or for PReLU the learnable slope as a tensor that broadcasts against z). Comparisons are written so that
 NaN is passed on, and branches that are not taken never overflow.
+
+Inverses take ``(y, a, b, least)``, with ``least`` the distance from an asymptote below which y has rounded to it.
 """
 
 from . import tl, triton
@@ -52,6 +54,11 @@ def identity(z, a, b):
 
 
 @triton.jit
+def identity_inverse(y, a, b, least):
+    return y
+
+
+@triton.jit
 def one(z, a, b):
     return _fill(z, 1.0)
 
@@ -77,6 +84,11 @@ def leaky_relu_derivative(z, a, b):
 
 
 @triton.jit
+def leaky_relu_inverse(y, a, b, least):
+    return tl.where(y > 0, y, y / a)
+
+
+@triton.jit
 def hardtanh(z, a, b):
     return tl.where(z < a, _fill(z, a), tl.where(z > b, _fill(z, b), z))
 
@@ -94,6 +106,18 @@ def elu(z, a, b):
 @triton.jit
 def elu_derivative(z, a, b):
     return tl.where(z > 0, 1.0, tl.exp(_negative(z)) * a)
+
+
+@triton.jit
+def _log1p_of_negative(x, least):
+    # log(1 + x) for x from -1 to 0, by the same correction.
+    u = 1.0 + tl.where(x < least - 1.0, least - 1.0, x)
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def elu_inverse(y, a, b, least):
+    return tl.where(y > 0, y, _log1p_of_negative(_negative(y) / a, least))
 
 
 @triton.jit
@@ -187,6 +211,14 @@ def softplus(z, a, b):
 @triton.jit
 def softplus_derivative(z, a, b):
     return tl.where(z * a > b, 1.0, _sigmoid(z * a))
+
+
+@triton.jit
+def softplus_inverse(y, a, b, least):
+    # log(exp(s) - 1) = s + log(1 - exp(-s))
+    s = y * a
+    s = tl.where(s < least, least, s)
+    return tl.where(s > b, y, (s + tl.log(-_expm1(-s))) / a)
 
 
 @triton.jit

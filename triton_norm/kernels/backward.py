@@ -64,12 +64,40 @@ def through_bits(d, bits, rows, tile, sizes, activation, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pre_activation(values, mean, rstd, w, b, activation):
+    """z without the residual. Weight and bias, w and b, are what was loaded of them."""
+    if activation.INVERSE is not None:
+        return activation.INVERSE(values, activation.P0, activation.P1, activation.LEAST)
+    else:
+        # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
+        return (values - mean) * (rstd * w) + b
+
+
+@triton.jit
+def normalized_of(values, mean, rstd, w, b, tile, activation, ACC: tl.constexpr):
+    """x̂, from x or, where y was kept in its place, from that; 0 where there is no element.
+
+    NaN, which nobody takes for a gradient, where too little of x̂ is left in y.
+    """
+    normalized = values - mean
+    if activation.INVERSE is not None:
+        # There may be no weight or bias, whose numbers are no tensors then.
+        w = tl.zeros((1, 1), ACC) + w
+        b = tl.zeros((1, 1), ACC) + b
+        lost = tl.abs(w) < tl.abs(b) * activation.LIMIT + activation.FLOOR
+        over_w = tl.where(lost, float("nan"), 1.0 / tl.where(lost, 1.0, w))
+        normalized = (pre_activation(values, mean, rstd, w, b, activation) - b) * over_w
+    else:
+        normalized = normalized * rstd
+    return tl.where(tile.mask, normalized, 0.0)
+
+
+@triton.jit
 def through_activation(
     d, values, mean, rstd, w, b, operands, rows, tile, at, activation, ACC: tl.constexpr
 ):  # fmt: skip
-    """dz, and the integrand of the slope's gradient. Weight and bias, w and b, are what was loaded of them."""
-    # The same expression as in the forward pass, so that z rounds to the same side of an activation's corner.
-    z = (values - mean) * (rstd * w) + b
+    """dz, and the integrand of the slope's gradient."""
+    z = pre_activation(values, mean, rstd, w, b, activation)
     if operands.residual is not None:
         z += load_tile(operands.residual, at, tile, ACC)
     if operands.slope is not None:
@@ -133,12 +161,13 @@ def differentiate_rows(
     mean, rstd = load_statistics(statistics, rows, sizes, NORM)
     w = load_weight(operands.weight, at, rows, tile, sizes, NORM, ACC)
     ds = dz
+    b = 0.0
     if bits is None:
         b = load_affine(operands.bias, at, rows, tile, sizes, 0.0, NORM, ACC)
         dz, ds = through_activation(dz, values, mean, rstd, w, b, operands, rows, tile, at, activation, ACC)
         if gradients.dresidual is not None:
             store_tile(gradients.dresidual, at, tile, dz)
-    normalized = tl.where(tile.mask, (values - mean) * rstd, 0.0)
+    normalized = normalized_of(values, mean, rstd, w, b, tile, activation, ACC)
     d = dz
     if NORM.AFFINE != ROW:
         if NORM.AFFINE == ELEMENT:
@@ -190,6 +219,7 @@ def persistent_backward(
     G, K, S, rows, channels, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    INVERSE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, LEAST: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
     FOLDED: tl.constexpr,
 ):  # fmt: skip
@@ -224,7 +254,8 @@ def persistent_backward(
                 b = bias_columns
             dz, normalized = differentiate_rows(
                 block, Operands(x, residual, w, b, slope), upstream, Gradients(dx, dresidual, None, None, None),
-                bits, statistics, sums, sizes, x_strides, y_strides, Activation(None, DERIVATIVE, P0, P1, ON, OFF),
+                bits, statistics, sums, sizes, x_strides, y_strides,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST),
                 BLOCK, NORM, PAD, ACC, LAYOUT, FOLDED,
             )  # fmt: skip
             if dweight is not None:
@@ -237,7 +268,8 @@ def persistent_backward(
         differentiate_rows(
             tl.program_id(0), Operands(x, residual, weight, bias, slope), upstream,
             Gradients(dx, dresidual, dweight, dbias, dslope),
-            bits, statistics, sums, sizes, x_strides, y_strides, Activation(None, DERIVATIVE, P0, P1, ON, OFF),
+            bits, statistics, sums, sizes, x_strides, y_strides,
+            Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST),
             BLOCK, NORM, PAD, ACC, LAYOUT, FOLDED,
         )  # fmt: skip
 
@@ -259,6 +291,7 @@ def gradient(
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s, H, y_d,
     eps: tl.constexpr,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    INVERSE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, LEAST: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_P: tl.constexpr,
     NORM: tl.constexpr, PAD: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
@@ -355,9 +388,12 @@ def gradient(
         else:
             dz, ds = through_activation(
                 dz, values, center, rstd, w, b, Operands(x, residual, None, None, slope), of, tile, at,
-                Activation(None, DERIVATIVE, P0, P1, ON, OFF), ACC,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST), ACC,
             )  # fmt: skip
-        normalized = tl.where(tile.mask, (values - center) * rstd, 0.0)
+        normalized = normalized_of(
+            values, center, rstd, w, b, tile,
+            Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST), ACC,
+        )  # fmt: skip
         if NORM.AFFINE == ELEMENT:
             store_elements(gradients, dz, normalized, at, tile)
         if dresidual is not None:

@@ -85,6 +85,11 @@ class Activation(NamedTuple):
     P1: tl.constexpr
     ON: tl.constexpr
     OFF: tl.constexpr
+    #: Where y was kept in place of x: from y to z, and ``Kept``'s numbers.
+    INVERSE: tl.constexpr = None
+    LIMIT: tl.constexpr = None
+    FLOOR: tl.constexpr = None
+    LEAST: tl.constexpr = None
 
 
 class Sizes(NamedTuple):

@@ -1,7 +1,7 @@
 """Gradients of parameters that many rows share: sums over columns' rows, over programs, and over sets of rows."""
 
 from . import tl, triton
-from .backward import through_activation, through_bits
+from .backward import normalized_of, through_activation, through_bits
 from .structs import Activation, Operands, Sizes, Strides
 from .tiles import (
     affine_at,
@@ -26,6 +26,7 @@ def column_gradients(
     G, K, S, rows, per_sample, blocks, steps,
     x_a, x_g, x_k, x_s, y_a, y_g, y_k, y_s,
     DERIVATIVE: tl.constexpr, P0: tl.constexpr, P1: tl.constexpr, ON: tl.constexpr, OFF: tl.constexpr,
+    INVERSE: tl.constexpr, LIMIT: tl.constexpr, FLOOR: tl.constexpr, LEAST: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, ACC: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
     """The gradients of an affine per column where a row is too long for one program, to (shares, columns) each.
@@ -58,10 +59,13 @@ def column_gradients(
         else:
             dz, _ = through_activation(
                 dz, values, mean, rstd, w, b, Operands(x, residual, None, None, None), of, tile, at,
-                Activation(None, DERIVATIVE, P0, P1, ON, OFF), ACC,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST), ACC,
             )  # fmt: skip
         if dweight is not None:
-            sum_dzx += tl.where(tile.mask, dz * ((values - mean) * rstd), 0.0)
+            sum_dzx += dz * normalized_of(
+                values, mean, rstd, w, b, tile,
+                Activation(None, DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST), ACC,
+            )  # fmt: skip
         if dbias is not None:
             sum_dz += dz
     store_columns(dweight, sum_dzx, tl.program_id(1), k, s, sizes)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like
@@ -45,7 +45,7 @@ class Backward:
     """
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        self.spec, self.wanted = spec, Gradients(*wanted)
+        self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
         plain = operands.empty_like(spec, operands.dense(o.x) if spec.padding != 0 else o.x)
         self._plain = (plain.shape, plain.stride())
         # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
@@ -147,7 +147,7 @@ def _bind(
 
 
 def _on_scratch(
-    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[bool], problem
+    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[Any], problem
 ) -> Callable[[Plan], Callable[[], object]]:
     o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
 
@@ -165,7 +165,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
     launch = t.launch(
         kernels.persistent_backward, (t.programs,),
-        *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides, *_activation(t.spec), t.block, t.norm,
+        *t.sizes, affine.per_sample, t.blocks, t.plan.steps, *t.strides, *_activation(t), t.block, t.norm,
         t.pad, t.acc, t.layout, t.plan.fold > 1,
     )  # fmt: skip
     direct = _one_row_each(t, affine, asked)
@@ -298,7 +298,7 @@ def _gradient(t: Tiling, affine: Affine, parts: int) -> Launch:
     """A pass over the split rows, with so many parts of every sum of an earlier one."""
     return t.launch(
         kernels.gradient, (t.row_blocks, t.plan.splits),
-        *t.sizes, affine.per_sample, t.tiles, t.plan.steps, parts, *t.strides, t.spec.eps, *_activation(t.spec),
+        *t.sizes, affine.per_sample, t.tiles, t.plan.steps, parts, *t.strides, t.spec.eps, *_activation(t),
         t.block, power_of_2(parts), t.norm, t.pad, t.acc, t.layout,
     )  # fmt: skip
 
@@ -347,7 +347,7 @@ def _long_columns(t: Tiling, affine: Affine) -> Callable[[Operands, Saved, Gradi
     G, K, S, rows, _ = t.sizes
     launch = t.launch(
         sum_kernels.column_gradients, (t.tiles, programs),
-        G, K, S, rows, affine.per_sample, t.blocks, steps, *t.strides[:8], *_activation(t.spec), t.block, t.norm, t.acc,
+        G, K, S, rows, affine.per_sample, t.blocks, steps, *t.strides[:8], *_activation(t), t.block, t.norm, t.acc,
         t.layout,
     )  # fmt: skip
 
@@ -360,6 +360,7 @@ def _long_columns(t: Tiling, affine: Affine) -> Callable[[Operands, Saved, Gradi
     return run
 
 
-def _activation(spec: Spec) -> tuple:
-    """DERIVATIVE, P0, P1, ON, OFF"""
-    return ACTIVATIONS[spec.activation].derivative, *tiling.numbers(spec)
+def _activation(t: Tiling) -> tuple:
+    """DERIVATIVE, P0, P1, ON, OFF, INVERSE, LIMIT, FLOOR, LEAST"""
+    spec = t.spec
+    return ACTIVATIONS[spec.activation].derivative, *tiling.numbers(spec), *tiling.recovery(spec, t.stored)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, kept
 from ..geometry import Geometry, view
 from ..kernels import tl
 from ..kernels.padding import MODES, places
@@ -43,6 +43,8 @@ class Tiling:
     per_channel: bool
     #: The GPU's number, None for the CPU.
     device: int | None
+    #: What x is stored in.
+    stored: torch.dtype
 
     @cached_property
     def row_blocks(self) -> int:
@@ -95,7 +97,7 @@ class Tiling:
         )  # fmt: skip
 
     @property
-    def lines(self) -> list[tuple[int, int, int]]:
+    def lines(self) -> list[tuple[int, ...]]:
         """Of a launch that pads, in d, h and w: how far it pads in front and behind, and the size of what it pads."""
         g, sides = self.geometry, (*self.spec.sides(self.dims), 0, 0, 0, 0)
         sizes = (g.K // max(g.H, 1), g.H, g.S)
@@ -110,7 +112,9 @@ class Tiling:
         # A program's part of the border at once, unless that were more than two elements for each thread.
         width = min(cdiv(border, self.plan.splits), max(64 * self.plan.warps // self.plan.rows, 1))
         sides = [side for line in self.lines for side in line[:2]]
-        return Pad(MODES[mode], *sides, *(places(mode, *line) for line in self.lines), self.dims > 4, power_of_2(width))
+        taps = (places(mode, *line) for line in self.lines)
+        fields: list[Any] = [MODES[mode], *sides, *taps, self.dims > 4, power_of_2(width)]
+        return Pad(*fields)
 
     @property
     def acc(self) -> tl.dtype:
@@ -152,7 +156,7 @@ def cut(
     )  # fmt: skip
     plan = plans(problem)
     folded = geometry.folded(plan.fold) if plan.fold > 1 else geometry
-    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index)
+    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index, x.dtype)
 
 
 class Tuned:
@@ -176,7 +180,7 @@ class Tuned:
         return autotune.find(problem)[0]
 
 
-def _capturing(device: int) -> bool:
+def _capturing(device: int | str) -> bool:
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
@@ -191,6 +195,14 @@ def on_trial(problem: Problem, plan: Plan) -> Planner:
         return plan if other.key == problem.key else replace(other.work, device=problem.work.device).heuristic()
 
     return planner
+
+
+def recovery(spec: Spec, y: torch.dtype) -> tuple:
+    """INVERSE, LIMIT, FLOOR and LEAST, where y of that dtype was kept in place of x."""
+    if not spec.memory_efficient:
+        return None, None, None, None
+    row = ACTIVATIONS[spec.activation]
+    return row.inverse[0], *kept(spec.activation, spec.parameters, y)
 
 
 def numbers(spec: Spec) -> tuple:

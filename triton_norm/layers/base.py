@@ -1,39 +1,64 @@
 """What every fused norm is mixed with: activation, padding and ``bias=`` as arguments, in ``repr`` and at the call."""
 
+from __future__ import annotations
+
 import inspect
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..activations import resolve
-from ..ops.call import Result, normalize
+from ..ops import recovered
+from ..ops.call import normalize
 from ..ops.checks import check_padding_mode, named
-from ..spec import Spec
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result
+from .texts import composed
+
+
+def _renamed(function: FunctionType, name: str) -> FunctionType:
+    own = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    own.__kwdefaults__, own.__annotations__ = function.__kwdefaults__, function.__annotations__
+    own.__qualname__ = name
+    return own
 
 
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
-    #: What a call may say in place of the module, as keyword arguments.
-    _extras: ClassVar[frozenset[str]] = frozenset({"weight", "bias", "activation", "dtype"})
-    padding: int | tuple[int, ...] = 0
+    if TYPE_CHECKING:  # annotations of a module's class are also what ``torch.jit`` reads
+        activation: ActivationLike
+        eps: Any
+        padding: Padding
+        padding_mode: PaddingMode
+    #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
+    memory_efficient = False
+    padding = 0
     padding_mode = "zeros"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        init = cls.__init__
-        if "__init__" not in cls.__dict__ and isinstance(init, FunctionType):
-            # The inherited one under the class's own name, which is what Python's errors for wrong arguments say.
-            own = FunctionType(init.__code__, init.__globals__, init.__name__, init.__defaults__, init.__closure__)
-            own.__kwdefaults__, own.__annotations__ = init.__kwdefaults__, init.__annotations__
-            own.__qualname__ = f"{cls.__qualname__}.__init__"
-            cls.__init__ = own
+        if doc := cls.__dict__.get("__doc__"):
+            cls.__doc__ = composed(doc)
+        # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
+        for name in ("__init__", "forward"):
+            inherited = getattr(cls, name)
+            is_own = name in cls.__dict__ or inherited is getattr(nn.Module, name)
+            if not is_own and isinstance(inherited, FunctionType):
+                setattr(cls, name, _renamed(inherited, f"{cls.__qualname__}.{name}"))
 
-    def _construct(self, *args: Any, activation: None | str | nn.Module, **options: Any) -> None:
-        resolve(activation)
+    def _construct(
+        self, *args: Any, activation: ActivationLike, memory_efficient: bool = False, pads: bool = False,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        name, numbers, _ = resolve(activation)
+        if memory_efficient:
+            recovered.check(name, numbers, pads, adds=False)
         super().__init__(*args, **options)
         self.activation = activation
+        self.memory_efficient = memory_efficient
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "activation" and not isinstance(value, nn.PReLU):
@@ -44,43 +69,28 @@ class Activated(nn.Module):
             super().__setattr__(name, value)
 
     def _call(
-        self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
-        *running: Tensor | None,
+        self, asked: tuple[str, Any, bool, float | None], said: tuple, input: Tensor, weight: Tensor | None | Own,
+        bias: Tensor | None | Own, residual: Tensor | None, mean: Tensor | None = None, var: Tensor | None = None,
+        count: Tensor | None = None, pre_residual: Tensor | None = None,
     ) -> Result:  # fmt: skip
-        """One call, of kind, argument, use_stats and momentum, with the module's settings but for those in ``fused``.
-
-        Settings are read at every call, so that a changed one counts at once. ``running`` are mean, variance and count.
+        """One call, of kind, argument, use_stats and momentum, and of what is said at it: activation, padding,
+        padding_mode, return_unpadded, unit_offset, correction, dtype, return_sum and memory_efficient. Where that is
+        ``...``, the module's own setting counts, read at every call, so that a changed one counts at once.
         """
-        if fused:
-            return self._call_with(asked, input, residual, fused, *running)
-        name, numbers, slope = resolve(self.activation)
+        activation, padding, mode, return_unpadded, unit_offset, correction, dtype, return_sum, efficient = said
+        name, numbers, slope = resolve(self.activation if activation is ... else activation)
+        if weight is ... or bias is ...:
+            own_weight, own_bias = parameters_of(self)
+            weight = own_weight if weight is ... else weight
+            bias = own_bias if bias is ... else bias
         # In the order of a ``Spec``, which is only made where the call is not found.
-        spec = (*asked, self.eps, name, numbers, self.padding, self.padding_mode, False, False, 0)
-        return self._run(spec, input, *parameters_of(self), residual, slope, *running)
-
-    def _call_with(
-        self, asked: tuple[str, Any, bool, float | None], input: Tensor, residual: Tensor | None, fused: dict[str, Any],
-        *running: Tensor | None,
-    ) -> Result:  # fmt: skip
-        self._check_extras(fused)
-        weight, bias = (
-            (fused["weight"], fused["bias"]) if "weight" in fused and "bias" in fused else parameters_of(self)
-        )
-        said = fused.get
-        name, numbers, slope = resolve(said("activation", self.activation))
-        spec = Spec(
-            *asked, self.eps, name, numbers, said("padding", self.padding), said("padding_mode", self.padding_mode),
-            said("return_unpadded", False), said("unit_offset", False), int(said("unbiased", False)),
-            named(said("dtype")), said("return_sum", False),
+        spec = asked + (
+            self.eps, name, numbers, self.padding if padding is ... else padding,
+            self.padding_mode if mode is ... else mode, return_unpadded, unit_offset, correction,
+            dtype if dtype is None else named(dtype), return_sum, None,
+            self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
-        if "pre_residual" in fused:
-            running = (*running, fused["pre_residual"])
-        return self._run(spec, input, said("weight", weight), said("bias", bias), residual, slope, *running)
-
-    def _check_extras(self, fused: dict[str, Any]) -> None:
-        for name in fused:
-            if name not in self._extras:
-                raise TypeError(f"{type(self).__name__}.forward() got an unexpected keyword argument {name!r}")
+        return self._run(spec, input, weight, bias, residual, slope, mean, var, count, pre_residual)
 
     #: What a call comes to. A norm that does something else with it overrides this.
     _run = staticmethod(normalize)
@@ -89,19 +99,22 @@ class Activated(nn.Module):
         parts = [super().extra_repr()]
         if self.activation is not None and "activation" not in self._modules:
             parts.append(f"activation={self.activation!r}")
+        if self.memory_efficient:
+            parts.append("memory_efficient=True")
         return ", ".join(filter(None, parts))
 
 
 class Fused(Activated):
     """The same with padding, for norms of (N, C, *spatial)."""
 
-    _extras: ClassVar[frozenset[str]] = Activated._extras | {"padding", "padding_mode", "return_unpadded"}
     #: How many spatial dims the input has; None for any number.
     _dims: int | None = None
 
-    def _construct(self, *args: Any, padding: int | tuple[int, ...], padding_mode: str, **options: Any) -> None:
+    def _construct(  # type: ignore[override]  # each takes what is its own, and passes on the rest
+        self, *args: Any, padding: Padding, padding_mode: PaddingMode, **options: Any
+    ) -> None:
         check_padding(padding, padding_mode, self._dims)
-        super()._construct(*args, **options)
+        super()._construct(*args, pads=padding != 0, **options)
         self.padding = padding
         self.padding_mode = padding_mode
 
@@ -115,14 +128,16 @@ class Fused(Activated):
 class Affine(Fused):
     """The same with ``bias=``, which older releases of torch do not have on all of these modules."""
 
-    _extras: ClassVar[frozenset[str]] = Fused._extras | {"unit_offset"}
+    if TYPE_CHECKING:
+        weight: Any
+        bias: Any
 
-    def _construct(self, *args: Any, bias: bool, **options: Any) -> None:
+    def _construct(self, *args: Any, bias: bool, **options: Any) -> None:  # type: ignore[override]
         if "bias" in inspect.signature(super().__init__).parameters:
             options["bias"] = bias
         super()._construct(*args, **options)
         if not bias:
-            self.bias = None
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         if isinstance(self, nn.modules.batchnorm._NormBase):
@@ -142,7 +157,7 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def running_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def running_of(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Running mean, running variance and the number of batches, likewise."""
     own = module._buffers
     try:
@@ -151,7 +166,7 @@ def running_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor 
         return module.running_mean, module.running_var, module.num_batches_tracked
 
 
-def check_padding(padding: int | tuple[int, ...], mode: str, dims: int | None) -> None:
+def check_padding(padding: Padding, mode: str, dims: int | None) -> None:
     check_padding_mode(mode)
     sides = (padding,) if isinstance(padding, int) else padding
     if (

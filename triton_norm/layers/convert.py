@@ -1,7 +1,9 @@
 """One norm at a time: torch's into ours with shared parameters, and any norm called with the fused extras."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from .. import functional
 from ..activations import resolve
 from ..ops import reference
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from . import base, known, norms
 from .sync import SyncBatchNorm
 
@@ -25,8 +28,10 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 #: What more can be fused into: the others of ours are called with more than one tensor.
 _OPEN = (*OURS.values(), norms.LayerNorm2d)
 
-_PADS = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros"}
-_PAD_MODES: dict[type[nn.Module], tuple[str, int]] = {
+_PADS: dict[str, PaddingMode] = {
+    "ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros",
+}  # fmt: skip
+_PAD_MODES: dict[type[nn.Module], tuple[PaddingMode, int]] = {
     getattr(nn, f"{name}{n}d"): (mode, n) for name, mode in {**_PADS, "ConstantPad": "zeros"}.items() for n in (1, 2, 3)
 }
 
@@ -37,13 +42,17 @@ class Elementwise(nn.Module):
     For x (N, C, *spatial) or, unbatched, (C, *spatial) with ``dims`` spatial dims.
     """
 
+    if TYPE_CHECKING:
+        _mean: Tensor
+        _var: Tensor
+
     def __init__(
         self,
         num_features: int,
         dims: int,
-        activation: None | str | nn.Module = None,
-        padding: int | tuple[int, ...] = 0,
-        padding_mode: str = "reflect",
+        activation: ActivationLike = None,
+        padding: Padding = 0,
+        padding_mode: PaddingMode = "reflect",
     ) -> None:
         super().__init__()
         resolve(activation)
@@ -56,17 +65,27 @@ class Elementwise(nn.Module):
         self.register_buffer("_mean", torch.zeros(num_features), persistent=False)
         self.register_buffer("_var", torch.ones(num_features), persistent=False)
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor | tuple[Tensor, Tensor]:
-        own = {"activation": self.activation, "padding": self.padding, "padding_mode": self.padding_mode}
-        own.update(fused)
-        if residual is None and own["padding"] == 0 and not own.get("return_unpadded"):
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, activation: ActivationLike | Own = ...,
+        padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False,
+    ) -> Result:  # fmt: skip
+        activation = self.activation if activation is ... else activation
+        padding = self.padding if padding is ... else padding
+        padding_mode = self.padding_mode if padding_mode is ... else padding_mode
+        if residual is None and padding == 0 and not return_unpadded:
             # Nothing to fuse: at most one operation.
-            return resolve(own["activation"])(input)
+            return resolve(activation)(input)
         if input.dim() == self._dims + 1:
-            y = self.forward(input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), **fused)
-            return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
+            y = self.forward(
+                input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), activation=activation,
+                padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded,
+            )  # fmt: skip
+            return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
         # 1 + 1e-30 is 1.
-        return functional.batch_norm(input, self._mean, self._var, eps=1e-30, residual=residual, **own)
+        return functional.batch_norm(
+            input, self._mean, self._var, eps=1e-30, residual=residual, activation=activation, padding=padding,
+            padding_mode=padding_mode, return_unpadded=return_unpadded,
+        )  # fmt: skip
 
     def extra_repr(self) -> str:
         parts = [] if self.activation is None or "activation" in self._modules else [f"activation={self.activation!r}"]
@@ -125,12 +144,33 @@ def is_plain(norm: nn.Module) -> bool:
 
 def takes_padding(norm: nn.Module) -> bool:
     """Whether padding can be fused into this norm, torch's or ours: rows of features have no borders."""
-    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), (base.Fused, Elementwise))
+    return issubclass(_class_of(norm), (base.Fused, Elementwise))
 
 
 def takes_affine(norm: nn.Module) -> bool:
     """Whether this norm, torch's or ours, can be called with a weight and bias per sample and channel."""
-    return issubclass(OURS.get(type(norm)) or known.base_of(norm) or type(norm), base.Affine)
+    return issubclass(_class_of(norm), base.Affine)
+
+
+def rows_of(norm: nn.Module) -> tuple[int, ...] | None:
+    """The trailing dims that this norm, torch's or ours, is over; None of a norm of channels.
+
+    Such a norm can be called with a sum before it, and a weight per row.
+    """
+    if not issubclass(_class_of(norm), (norms.LayerNorm, norms.RMSNorm)):
+        return None
+    shape: Any = norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.weight.shape
+    return tuple(shape)
+
+
+def takes_bias(norm: nn.Module) -> bool:
+    """Whether this norm, torch's or ours, can be called with a bias."""
+    return not issubclass(_class_of(norm), norms.RMSNorm)
+
+
+def _class_of(norm: nn.Module) -> type[nn.Module]:
+    """Ours that the norm is, or becomes."""
+    return OURS.get(type(norm)) or known.base_of(norm) or type(norm)
 
 
 def dims_of(norm: nn.Module) -> int | None:
@@ -148,7 +188,7 @@ def activation_of(layer: nn.Module) -> nn.Module | None:
     return layer
 
 
-def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...], str] | None:
+def padding_of(layer: Any, dims: int | None) -> tuple[Padding, PaddingMode] | None:
     """``(padding, padding_mode)`` of one of torch's padding layers over ``dims`` dims (None: any), else None."""
     mode, n = _PAD_MODES.get(type(layer), (None, None))
     if mode is None or n != (dims or n) or getattr(layer, "value", 0) != 0:
@@ -156,7 +196,7 @@ def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...
     return tidy_padding(layer.padding, dims, mode)
 
 
-def tidy_padding(sides: Sequence[int], dims: int | None, mode: str) -> tuple[int | tuple[int, ...], str] | None:
+def tidy_padding(sides: Sequence[int], dims: int | None, mode: PaddingMode) -> tuple[Padding, PaddingMode] | None:
     """The same, of torch's (left, right, ...) over ``dims`` dims (None: any); None where it crops."""
     if len(sides) != 2 * (dims or len(sides) // 2) or not all(isinstance(p, int) and p >= 0 for p in sides):
         return None
@@ -165,7 +205,7 @@ def tidy_padding(sides: Sequence[int], dims: int | None, mode: str) -> tuple[int
 
 
 def absorb(
-    norm: nn.Module, activation: nn.Module | None, padding: tuple[int | tuple[int, ...], str] | None
+    norm: Any, activation: nn.Module | None, padding: tuple[Padding, PaddingMode] | None
 ) -> nn.Module:
     """Our plain ``norm``, from here on with this activation and padding."""
     if activation is not None:
@@ -206,23 +246,41 @@ def has_fixed_activation(layer: nn.Module) -> bool:
     return activation_of(layer) is not None and not isinstance(layer, nn.PReLU)
 
 
+@overload
+def normalize(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: ActivationLike = None, padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect", return_unpadded: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def normalize(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: ActivationLike = None, padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect", return_unpadded: bool = False, **before: Any,
+) -> Result: ...  # fmt: skip
+
+
 def normalize(
     norm: nn.Module,
     x: Tensor,
     residual: Tensor | None = None,
-    activation: None | str | nn.Module = None,
-    padding: int | tuple[int, ...] = 0,
-    padding_mode: str = "reflect",
+    activation: ActivationLike = None,
+    padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect",
     return_unpadded: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other."""
+    **before: Any,
+) -> Result:
+    """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other.
+
+    ``before`` is what one of ours over trailing dims is told of a sum before it.
+    """
     if is_ours(norm) and takes_padding(norm):
         return norm(
             x, residual, activation=activation, padding=padding, padding_mode=padding_mode,
             return_unpadded=return_unpadded,
         )  # fmt: skip
     if is_ours(norm):
-        y = norm(x, residual, activation=activation)
+        y = norm(x, residual, activation=activation, **before)
     else:
         y = norm(x)
         y = resolve(activation)(y if residual is None else y + residual)
@@ -230,8 +288,8 @@ def normalize(
 
 
 def finish(
-    y: Tensor, padding: int | tuple[int, ...], padding_mode: str, return_unpadded: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+    y: Tensor, padding: Padding, padding_mode: PaddingMode, return_unpadded: bool
+) -> Result:
     """The padding alone."""
     padded = y if padding == 0 else reference.pad(y, padding, padding_mode)
     return (padded, y) if return_unpadded else padded

@@ -6,22 +6,32 @@ All that a call costs the host beside allocating and launching is in ``normalize
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..launching.keys import HIP, Table, any_autocast, is_for_torch, is_ordinary, nowhere, placement
+from ..launching.keys import (
+    HIP,
+    Table,
+    any_autocast,
+    is_compiling,
+    is_for_torch,
+    is_ordinary,
+    nowhere,
+    placement,
+)
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
-from . import backend, ranks, reference
+from . import backend, ranks, recovered, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
-Call = Callable[..., Result]
+Call = Callable[..., Any]
 
 #: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
 _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
 
-_calls: dict[tuple, Call] = Table()
+_calls = Table()
 
 
 def normalize(
@@ -112,9 +122,28 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
+    if spec.memory_efficient:
+        if not recovered.is_kept(spec, o.x):
+            return _chosen(spec.but(memory_efficient=False), o, is_traced, fits)
+        call = _chosen(spec, o, is_traced, fits)
+
+        def checked(*operands):
+            if torch.is_grad_enabled():
+                recovered.check_weight(spec, *operands[1:3], operands[0])
+            return call(*operands)
+
+        return checked
+    return _chosen(spec, o, is_traced, fits)
+
+
+def _chosen(spec: Spec, o: Operands, is_traced: bool, fits: bool) -> Call:
+    """What runs a call that was checked."""
     there = o.x.numel() or spec.process_group is not None
     if not (fits and there and backend.of(o.x) == "triton") or is_for_torch():
         plain = reference.call if spec.process_group is None else ranks.plain
+        if spec.memory_efficient and there and not is_compiling():
+            # A compiler itself chooses what is kept of torch's operators.
+            plain = recovered.by_torch
         return lambda *operands: plain(spec, *operands)
     return _by_kernels(spec, o, is_traced)
 
@@ -135,7 +164,7 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     if unpadded:
         own = own.but(padding=0, return_unpadded=False)
     if spec.process_group is not None:
-        call = partial(synchronized.by_kernels, own)
+        call: Call = partial(synchronized.by_kernels, own)
     else:
         # Meta tensors have no data to launch on, but the operators know their results.
         call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)

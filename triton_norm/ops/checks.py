@@ -15,7 +15,7 @@ from torch import Tensor
 from ..activations import ACTIVATIONS
 from ..launching.keys import is_for_torch
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
-from . import reference
+from . import recovered, reference
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (*HALF, torch.float32, torch.float64)
@@ -42,6 +42,9 @@ def check(spec: Spec, o: Operands) -> bool:
         _ask_torch(spec, narrow, momentum)
     if o.pre_residual is not None:
         _check_pre_residual(o.x, o.pre_residual)
+    if spec.memory_efficient:
+        name = "prelu" if o.slope is not None else spec.activation
+        recovered.check(name, spec.parameters, spec.padding != 0, o.residual is not None)
     return check_fused(spec, o.x, o.residual, o.slope) and fits
 
 

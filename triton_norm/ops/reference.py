@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]
     x, *rest, pre_residual = operands
     if pre_residual is not None:
         total = (x + pre_residual).to(x.dtype)
-        y = call(spec.but(return_sum=False), total, *rest, None)
+        y: Any = call(spec.but(return_sum=False), total, *rest, None)
         return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
@@ -105,7 +106,7 @@ def normalize(spec: Spec, o: Operands) -> Tensor:
         scale, eps = part**0.5, eps * part
     y = norm(spec, Operands(dense, None, None, None, None, o.running_mean, o.running_var), eps, momentum)
     y = y.view(x.shape) if dense.dim() < x.dim() else y
-    return finish(_affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
+    return finish(affine(y if scale == 1.0 else y * scale, weight, bias, kind), x, o.residual, activation)
 
 
 def _as_torch_is_right(kind: str, x: Tensor) -> Tensor:
@@ -163,31 +164,55 @@ def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Te
     the dtype that the spec says, and leaves the running statistics alone: they are read when statistics are given and
     ignored otherwise.
     """
-    x, residual, kind, correction = o.x, o.residual, spec.kind, spec.correction
+    x, residual, kind = o.x, o.residual, spec.kind
     dtype = torch.promote_types(x.dtype, torch.float32)
     weight, bias, slope, running_mean, running_var = (
         None if p is None else p.to(dtype) for p in (o.weight, o.bias, o.slope, o.running_mean, o.running_var)
     )
     z = x.to(dtype)
     if spec.use_stats:
-        z, dims = _rows(spec, z)
-        if kind != "rms":
-            z = z - z.mean(dims, keepdim=True)
-        squares = z.square()
-        if correction:
-            variance = squares.sum(dims, keepdim=True) / (_count(spec, x) - correction)
-        else:
-            variance = squares.mean(dims, keepdim=True)
-        eps = torch.finfo(dtype).eps if spec.eps is None else spec.eps
-        z = (z * torch.rsqrt(variance + eps)).reshape(x.shape)
+        z, scale = _deviations(spec, z)
+        z = (z * scale).reshape(x.shape)
     else:
         z = (z - spread(running_mean, x)) * torch.rsqrt(spread(running_var, x) + spec.eps)
-    z = _affine(z, 1 + weight if spec.unit_offset and weight is not None else weight, bias, kind)
+    z = affine(z, 1 + weight if spec.unit_offset and weight is not None else weight, bias, kind)
     if residual is not None:
         z = z + residual.to(dtype)
-    if activation is None:
-        activation = Resolved(spec.activation, spec.parameters, slope)
-    return activation(z).to(spec.result(x))
+    apply = Resolved(spec.activation, spec.parameters, slope) if activation is None else activation
+    return apply(z).to(spec.result(x))
+
+
+def _deviations(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of x without their mean, and their rstd."""
+    z, dims = _rows(spec, x)
+    if spec.kind != "rms":
+        z = z - z.mean(dims, keepdim=True)
+    squares = z.square()
+    if spec.correction:
+        variance = squares.sum(dims, keepdim=True) / (_count(spec, x) - spec.correction)
+    else:
+        variance = squares.mean(dims, keepdim=True)
+    eps = torch.finfo(x.dtype).eps if spec.eps is None else spec.eps
+    return z, torch.rsqrt(variance + eps)
+
+
+def rstd(spec: Spec, o: Operands) -> Tensor:
+    """In float32 at least: of each row, or that of the running variance, to broadcast against x."""
+    dtype = torch.promote_types(o.x.dtype, torch.float32)
+    if spec.use_stats:
+        return _deviations(spec, o.x.to(dtype))[1]
+    return torch.rsqrt(spread(o.running_var.to(dtype), o.x) + spec.eps)
+
+
+def norm_backward(spec: Spec, d: Tensor, normalized: Tensor, rstd: Tensor) -> Tensor:
+    """x's gradient from that of x̂, d."""
+    if not spec.use_stats:
+        return d * rstd
+    (rows, dims), (hats, _) = _rows(spec, d), _rows(spec, normalized)
+    g = rows - hats * ((rows * hats).sum(dims, keepdim=True) / (_count(spec, d) - spec.correction))
+    if spec.kind != "rms":
+        g = g - rows.mean(dims, keepdim=True)
+    return (g * rstd).reshape(d.shape)
 
 
 def pad(y: Tensor, padding: int | tuple[int, ...], mode: str) -> Tensor:
@@ -216,11 +241,16 @@ def spread(p: Tensor, x: Tensor) -> Tensor:
     return p.reshape(p.shape + (1,) * (x.dim() - max(2, p.dim())))
 
 
-def _affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
+def along(p: Tensor, x: Tensor, kind: str) -> Tensor:
+    """A weight or bias of this kind of norm, so that it broadcasts against x."""
+    return p if kind in ROWS else spread(p, x)
+
+
+def affine(y: Tensor, weight: Tensor | None, bias: Tensor | None, kind: str) -> Tensor:
     if weight is not None:
-        y = y * (weight if kind in ROWS else spread(weight, y))
+        y = y * along(weight, y, kind)
     if bias is not None:
-        y = y + (bias if kind in ROWS else spread(bias, y))
+        y = y + along(bias, y, kind)
     return y
 
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..activations import ACTIVATIONS
 from ..launching.backward import Saved
 from ..launching.keys import functorch_is_active, is_compiling, is_for_torch
 from ..launching.operands import per_element, unpack_bits
 from ..spec import Operands, Spec
-from . import library, reference
+from . import library, recovered, reference
 
 #: Operands that have gradients: x, weight, bias, residual and slope.
 INPUTS = 5
@@ -24,7 +23,7 @@ INPUTS = 5
 
 def keeps_bits(spec: Spec, o: Operands) -> bool:
     """Whether one bit per element spares the backward pass whatever else z takes a tensor like x for."""
-    wide = o.residual is not None or per_element(spec, o.x, o.bias)
+    wide = (o.residual is not None or per_element(spec, o.x, o.bias)) and not spec.memory_efficient
     return wide and ACTIVATIONS[spec.activation].levels is not None
 
 
@@ -43,7 +42,7 @@ def forward(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tens
     o = Operands(*operands)
     given = (o.running_mean, o.running_var) if not spec.use_stats else (None, None)
     running = (o.running_mean, o.running_var, o.count) if spec.use_stats else (None, None, None)
-    first = (o.x, o.weight, o.bias, o.residual, o.pre_residual)
+    first: Any = (o.x, o.weight, o.bias, o.residual, o.pre_residual)
     if is_compiling():
         first = _apart(*first)
     *first, addend = first
@@ -73,7 +72,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if is_compiling() or functorch_is_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # it is there, in C
 
 
 class _Traced(Function):
@@ -88,9 +87,9 @@ class _Traced(Function):
         return y, second, statistics, bits
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, bias, residual, slope, _, _, _, mean, variance, spec, _, addend = inputs
-        _, second, statistics, bits = output
+        y, second, statistics, bits = output
         ctx.has_second = has_second(spec)
         ctx.addend = None if addend is None else addend.dtype
         ctx.mark_non_differentiable(statistics, bits, *(() if ctx.has_second else (second,)))
@@ -98,11 +97,12 @@ class _Traced(Function):
         ctx.spec = spec
         ctx.statistics, ctx.bits = statistics if spec.use_stats else None, bits if bits.numel() else None
         # Where something was added to x, the sum is what is normalized from here on.
-        o = Operands(x if addend is None else second, weight, bias, residual, slope, mean, variance)
+        kept = y if spec.memory_efficient else x if addend is None else second
+        o = Operands(kept, weight, bias, residual, slope, mean, variance)
         ctx.save_for_backward(*saved_of(spec, o, ctx.bits))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None, *_: None):
+    def backward(ctx: Any, dy: Tensor | None, dsecond: Tensor | None, *_: None):
         if not ctx.has_second:
             # Compiled, the gradient of an output that is not there comes as an empty tensor.
             dsecond = None
@@ -116,7 +116,7 @@ class _Traced(Function):
         return *found, *(None,) * 7, daddend
 
 
-def spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
+def spread(found: Sequence, wanted: Sequence[bool]) -> list:
     """One entry per wanted flag from those found for the flags that are set."""
     remaining = iter(found)
     return [next(remaining) if want else None for want in wanted]
@@ -179,10 +179,15 @@ def backward(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequence[
     if wanted[3] and passes_on(spec):
         without = (*wanted[:3], False, wanted[4])
         return pass_on(saved.dy, backward(spec, o, saved, without) if any(without) else None)
-    if not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
+    if spec.memory_efficient:
+        recovered.refuse_more(saved.dy, saved.dsecond)
+    elif not is_compiling() and is_for_torch(saved.dy, saved.dsecond):
         return spread(_by_formula(spec, o, saved, wanted), wanted)
     # The count and what was added go. Not by a slice: the compiler of older releases of torch cannot cut a named tuple.
     *operands, _, _ = tuple(o)
+    if spec.memory_efficient:
+        kept = (*operands, saved.statistics, saved.bits, spec.text(), list(wanted))
+        return spread(library.backward(saved.dy, saved.dsecond, *kept), wanted)
     found = NormalizeBackward.apply(saved.dy, saved.dsecond, *operands, saved.statistics, saved.bits, spec, wanted)
     return spread(found, wanted)
 
@@ -203,7 +208,8 @@ def _rebuilt(
         def activation(z: Tensor) -> Tensor:
             return z * side.to(z.dtype)
 
-    plain = formula(spec, Operands(*inputs, o.running_mean, o.running_var), activation)
+    operands: list[Any] = [*inputs, o.running_mean, o.running_var]
+    plain = formula(spec, Operands(*operands), activation)
     y = reference.pad(plain, spec.padding, spec.padding_mode) if spec.padding != 0 else plain
     return y, inputs[0] if spec.return_sum else plain
 
@@ -218,7 +224,8 @@ def _by_formula(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequen
         ends = zip(_rebuilt(reference.formula, spec, given, o, saved.bits), (saved.dy, saved.dsecond), strict=True)
         return tuple(end for end, d in ends if d is not None)
 
-    _, back = torch.func.vjp(results, *[t for t, want in zip(inputs, wanted, strict=True) if want])
+    varied = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    _, back = torch.func.vjp(results, *varied)  # type: ignore[misc]  # a third is there with has_aux
     return back(tuple(upstream))
 
 
@@ -233,14 +240,14 @@ class NormalizeBackward(Function):
         return tuple(library.backward(dy, dsecond, *operands, statistics, bits, spec.text(), list(wanted)))
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.formula = reference.formula
         ctx.bits, ctx.spec, ctx.wanted = inputs[10:]
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *upstream: Tensor | None):
+    def backward(ctx: Any, *upstream: Tensor | None):
         spec = ctx.spec
         dy, dsecond, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()
