@@ -40,18 +40,26 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TRITON_NORM_AUTOTUNE"] = "0"
 
 
-#: How many cases of a test, on each backend, are fast.
-FAST_CASES = 2
+#: Files whose tests all take long: they compile for GPUs, count bytes of large tensors, train, draw examples at random,
+#: or start processes of their own.
+SLOW = {
+    "test_any_call.py", "test_bench_offline.py", "test_bench_roofline.py", "test_bound.py", "test_check.py",
+    "test_cli.py", "test_networks.py", "test_notebooks.py", "test_offline_compile.py", "test_operations.py",
+    "test_parallel.py", "test_sync.py", "test_traffic.py", "test_training.py", "test_tune_cli.py", "test_types.py",
+}  # fmt: skip
+#: How many cases of any other test, on each backend, are fast.
+FAST_CASES = 1
 
 
-def mark_most_cases_slow(items: list[pytest.Item]) -> None:
-    """Of a test that repeats itself over many cases a few stay fast, the same ones every time, wherever they lie."""
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with many cases a few stay fast: the same ones every time, wherever they lie."""
     repeated: dict[tuple[str, str | None], list[pytest.Item]] = {}
     for item in items:
         on = getattr(item, "callspec", None) and item.callspec.params.get("backend")
         repeated.setdefault((item.nodeid.split("[")[0], on), []).append(item)
     for (name, on), cases in repeated.items():
-        fast = random.Random(f"{name} {on}").sample(range(len(cases)), min(FAST_CASES, len(cases)))
+        count = 0 if cases[0].path.name in SLOW else min(FAST_CASES, len(cases))
+        fast = random.Random(f"{name} {on}").sample(range(len(cases)), count)
         for at, item in enumerate(cases):
             if at not in fast:
                 item.add_marker(pytest.mark.slow)
@@ -62,7 +70,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    mark_most_cases_slow(items)
+    mark_slow(items)
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))
 

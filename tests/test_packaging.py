@@ -1,6 +1,8 @@
 """What the README, the metadata and the wheel promise."""
 
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -64,6 +66,16 @@ def test_the_text_for_an_index_has_no_relative_links():
     assert re.findall(r"\]\((?!https://|#)[^)]*\)", text) == []
     assert "<!--" not in text
     assert re.findall(r"\]\((?!https://|#)[^)]*\)", README)
+
+
+def test_what_triton_itself_misses_is_named():
+    """And not taken for a Triton that is not installed, which has other consequences."""
+    code = "import sys; sys.modules['numpy'] = None; import triton_norm"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of numpy")
+    assert "numpy" in PROJECT["dependencies"]
 
 
 def test_types_are_shipped():

@@ -1,4 +1,14 @@
-"""Fused normalization layers for PyTorch, in Triton."""
+r"""Fused normalization layers for PyTorch, in Triton: drop-in subclasses of ``torch.nn``'s, and functions.
+
+$$y = \mathrm{pad}(\mathrm{activation}(\mathrm{norm}(x) \cdot w + b + r))$$
+
+is one pass over x forward, and one backward. ``tn.fuse`` puts it into a model that exists. CUDA and ROCm tensors go to
+the kernels, CPU tensors to PyTorch's own operators. Examples on these pages begin with
+
+    import torch
+    from torch import nn
+    import triton_norm as tn
+"""
 
 import warnings
 from importlib.metadata import PackageNotFoundError, version
@@ -34,6 +44,8 @@ try:
 except PackageNotFoundError:  # a source tree that is not installed
     __version__ = "0+unknown"
 
+#: Of docstrings, for the pages that are made of them.
+__docformat__ = "google"
 __all__ = [
     "AdaIN2d",
     "BatchNorm1d",
@@ -56,3 +68,7 @@ __all__ = [
     "fuse_report",
     "models",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return arguments.run(arguments)
         except info.UserError as error:
             arguments.command.error(str(error))
+            raise  # not reached: that exits
         except KeyboardInterrupt:
             print(file=sys.stderr)
             return 130

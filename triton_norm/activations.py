@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels import activations as device
 
@@ -22,7 +22,7 @@ class Activation:
     value: Any
     derivative: Any
     #: ``torch(z, *parameters)`` is the same function on tensors, differentiable.
-    torch: Callable[..., torch.Tensor]
+    torch: Callable[..., Tensor]
     #: The ``torch.nn`` class an instance of which selects this row ...
     module: type[nn.Module] | None = None
     #: ... and the attribute value that tells it from another row of the same class.
@@ -32,22 +32,27 @@ class Activation:
     #: Where the derivative has two values only: ``levels(*parameters) == (on, off)``. One bit then stands for z.
     levels: Callable[..., tuple[float, float]] | None = None
     #: From y to z: on the device, on tensors, and for which parameters there is such a function.
-    inverse: tuple[Any, Callable[..., torch.Tensor], Callable[..., bool]] | None = None
+    inverse: tuple[Any, Callable[..., Tensor], Callable[..., bool]] | None = None
 
 
 def _on_off(*_: float) -> tuple[float, float]:
     return 1.0, 0.0
 
 
-def _leaky_relu_inverse(y: torch.Tensor, slope: float, _: float | None, least: float) -> torch.Tensor:
+def _is_moderate(number: float) -> bool:
+    """Whether a product with it keeps its digits, also in float16."""
+    return 1e-3 <= number <= 1e3
+
+
+def _leaky_relu_inverse(y: Tensor, slope: float, _: float | None, least: float) -> Tensor:
     return torch.where(y > 0, y, y / slope)
 
 
-def _elu_inverse(y: torch.Tensor, alpha: float, _: float | None, least: float) -> torch.Tensor:
+def _elu_inverse(y: Tensor, alpha: float, _: float | None, least: float) -> Tensor:
     return torch.where(y > 0, y, torch.log1p((y.clamp(max=0.0) / alpha).clamp(min=least - 1.0)))
 
 
-def _softplus_inverse(y: torch.Tensor, beta: float, threshold: float, least: float) -> torch.Tensor:
+def _softplus_inverse(y: Tensor, beta: float, threshold: float, least: float) -> Tensor:
     s = (y * beta).clamp(min=least)
     return torch.where(s > threshold, y, (s + torch.log(-torch.expm1(-s))) / beta)
 
@@ -72,7 +77,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.LeakyReLU,
         parameters=(("negative_slope", 0.01),),
         levels=lambda slope: (1.0, slope),
-        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, lambda slope: slope > 0),
+        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, _is_moderate),
     ),
     "elu": Activation(
         device.elu,
@@ -80,7 +85,7 @@ ACTIVATIONS: dict[str, Activation] = {
         F.elu,
         nn.ELU,
         parameters=(("alpha", 1.0),),
-        inverse=(device.elu_inverse, _elu_inverse, lambda alpha: alpha > 0),
+        inverse=(device.elu_inverse, _elu_inverse, _is_moderate),
     ),
     "celu": Activation(device.celu, device.celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
     "selu": Activation(device.selu, device.selu_derivative, F.selu, nn.SELU),
@@ -101,7 +106,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
         # Where it jumps to the straight line it must not jump over what a float32 tells apart.
-        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, threshold: beta > 0 and threshold >= 15),
+        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, line: _is_moderate(beta) and line >= 15),
     ),
     "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
     "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),
@@ -135,9 +140,9 @@ class Resolved(NamedTuple):
 
     name: str
     parameters: tuple[float, ...] = ()
-    slope: torch.Tensor | None = None
+    slope: Tensor | None = None
 
-    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+    def __call__(self, z: Tensor) -> Tensor:
         tensors = () if self.slope is None else (self.slope,)
         return ACTIVATIONS[self.name].torch(z, *self.parameters, *tensors)
 
@@ -157,7 +162,7 @@ _BY_ONLY_CLASS = {
 }
 
 
-def resolve(activation: None | str | nn.Module) -> Resolved:
+def resolve(activation: Any) -> Resolved:
     """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
 
     Raises ``ValueError`` listing what is supported for anything else; a subclass of a ``torch.nn`` activation

@@ -23,6 +23,8 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 Strides = tuple[int, int, int, int]
+#: A size and its strides.
+Dim = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,9 @@ class Geometry:
         return replace(self, K=fold, S=S, x=x, y=y)
 
 
-def merge(dims: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def merge(dims: list[Dim]) -> list[Dim]:
     """Joins dimensions ``(size, stride, stride, ...)``, outermost first, wherever every stride allows it."""
-    merged: list[tuple[int, ...]] = []
+    merged: list[Dim] = []
     for size, *strides in dims:
         if size == 1:
             continue
@@ -113,7 +115,7 @@ def view(
     dimensions along which a weight per column varies: they are A then, and the other ones G. None where rows or columns
     need more than two dimensions, as after cropping a volume in several directions: make the input dense then.
     """
-    dims = list(zip(shape, x, y, strict=True))
+    dims: list[Dim] = list(zip(shape, x, y, strict=True))
     if kind == "planes":
         return _planes(dims, width or 1)
     group, channels = 1, 1
@@ -137,8 +139,8 @@ def view(
             group = width if kind == "group" else 1
     if len(columns) > 2 or len(rows) > 2:
         return None
-    sizes, x_strides, y_strides = zip(*_pad(rows, 0), *_pad(columns, 1), strict=True)
-    return Geometry(*sizes, channels=channels, x=x_strides, y=y_strides, group=group)
+    (A, G, K, S), x_strides, y_strides = zip(*_pad(rows, 0), *_pad(columns, 1), strict=True)
+    return Geometry(A, G, K, S, channels, x_strides, y_strides, group)
 
 
 def _leading(shape: tuple[int, ...], width: int) -> int:
@@ -150,12 +152,12 @@ def _leading(shape: tuple[int, ...], width: int) -> int:
     return leading
 
 
-def _in_memory_order(dims: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _in_memory_order(dims: list[Dim]) -> list[Dim]:
     """Dimensions whose order is free, like that of a sum's terms, so that as many as possible merge."""
     return sorted(dims, key=lambda dim: dim[:0:-1], reverse=True)
 
 
-def _planes(dims: list[tuple[int, int, int]], group: int) -> Geometry | None:
+def _planes(dims: list[Dim], group: int) -> Geometry | None:
     *_, d, h, w = [(1, 0, 0), (1, 0, 0), *dims[2:]]
     if d[0] > 1 and h[0] > 1 and d[1] != h[0] * h[1]:
         return None
@@ -165,7 +167,8 @@ def _planes(dims: list[tuple[int, int, int]], group: int) -> Geometry | None:
     return Geometry(A, G, d[0] * h[0], w[0], dims[1][0], x, y, group, H=h[0], y_d=d[2])
 
 
-def _pad(dims: list[tuple[int, ...]], inner_stride: int) -> list[tuple[int, ...]]:
+def _pad(dims: list[Dim], inner_stride: int) -> list[Dim]:
     """Two dimensions from at most two, those added of size 1."""
-    fill = [(1, 0, 0), (1, inner_stride, inner_stride)][: 2 - len(dims)]
+    unit: list[Dim] = [(1, 0, 0), (1, inner_stride, inner_stride)]
+    fill = unit[: 2 - len(dims)]
     return [*fill, *dims] if len(dims) else fill

@@ -17,7 +17,7 @@ import math
 import operator
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ class Spec(NamedTuple):
     """
 
     kind: str
-    #: torch's num_groups or normalized_shape.
-    argument: int | tuple[int, ...] | None
+    #: torch's num_groups or normalized_shape, an int or a tuple; else None.
+    argument: Any
     #: Whether x is normalized with its own statistics; else with the running ones, which are then not updated.
     use_stats: bool
     #: Of running statistics; None is a cumulative average, over as many batches as the operand ``count`` says.
@@ -81,7 +81,8 @@ class Spec(NamedTuple):
 
     def but(self, **changes: object) -> "Spec":
         """``_replace``, which the compiler of older releases of torch does not know."""
-        return Spec(*[changes.get(name, field) for name, field in zip(Spec._fields, self, strict=True)])
+        fields: list[Any] = [changes.get(name, field) for name, field in zip(Spec._fields, self, strict=True)]
+        return Spec(*fields)
 
     def result(self, x: Tensor) -> torch.dtype:
         """The dtype of the result."""
@@ -123,6 +124,6 @@ class Operands(NamedTuple):
     slope: Tensor | None = None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
-    count: Tensor | None = None
+    count: Tensor | None = None  # type: ignore[assignment]  # a tuple's method, which nobody calls here
     #: Added to x before the norm, of ROWS alone; the sum is rounded to x's dtype.
     pre_residual: Tensor | None = None

@@ -199,6 +199,7 @@ def test_instance_norm_moves_the_minimum(in_interpreter):
     assert totals["backward"]["eager"] == 16
 
 
+@pytest.mark.slow
 def test_committed_bytes_are_those_of_today(in_interpreter):
     shape = next(shape for shape in shapes.SHAPES if shape.name == "patchgan-512x31x31-n1")
     committed = [row for row in table(readme.RESULTS / "traffic.csv") if row["shape"] == shape.name]
@@ -367,6 +368,7 @@ def gpu_results(**changes) -> dict:
     return {"environment": environment | changes, "copy_gb_s": 4000.0, "reached": 1, "of": 1, "rows": rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_plots_show_something_and_say_where_from(device, tmp_path, monkeypatch, capsys):
     captions = []
@@ -489,6 +491,7 @@ def test_the_pages_are_up_to_date():
     assert readme.main(["--check"]) == 0
 
 
+@pytest.mark.slow
 def test_session_dry_run_leaves_a_few_files(tmp_path, monkeypatch, capsys):
     measure = [sys.executable, "-m", "bench.run", *QUICK]
     monkeypatch.setattr(session, "stages", lambda *arguments: [

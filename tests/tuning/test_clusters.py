@@ -127,6 +127,7 @@ def test_every_element_is_read_once(kind, monkeypatch):
     torch.testing.assert_close(x.grad.double(), z.grad, atol=4e-3, rtol=4e-3)
 
 
+@pytest.mark.slow
 def test_kernels_for_clusters_spill_nothing(tmp_path):
     """Compiled for Hopper, with 16-byte accesses where the planes allow them; or not at all, by releases before 3.9."""
     out = tmp_path / "kernels.csv"

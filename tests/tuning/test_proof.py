@@ -200,6 +200,7 @@ with mock.patch.object(devices, "device", lambda index: TARGETS["sm_90"].device)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(triton, "AsyncCompileMode"), reason="this release compiles one after another")
 def test_candidates_are_compiled_before_they_are_tried(tmp_path):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("TRITON_")}

@@ -56,12 +56,21 @@ def fuse(model: T, inference: bool = False, *, inplace: bool = False) -> T:
     What ``torch.distributed.fsdp.fully_shard`` has sharded is fused with ``inplace=True``: every sharded module keeps
     its forward. Sharded afterwards, one whose forward became part of another's would never be gathered.
 
-    ``inference=True`` also folds batch norms into the convolutions before them, which copies those convolutions'
-    parameters and removes the batch norms' from the ``state_dict``. Raises ``ValueError`` if one is in training mode,
-    and ``TypeError`` for what is no module.
+    Args:
+        model: Any ``nn.Module``. The result is of its type.
+        inference: Whether batch norms are also folded into the convolutions before them, which copies those
+            convolutions' parameters and removes the batch norms' from the ``state_dict``.
+        inplace: Whether it is ``model`` itself that is changed.
 
-        fused = tn.fuse(model)
-        print(tn.fuse_report(fused))
+    Raises:
+        ValueError: With ``inference`` for a batch norm in training mode.
+        TypeError: For what is no module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8), nn.ReLU(), nn.ReflectionPad2d(1))
+        >>> fused = tn.fuse(model)
+        >>> fused[1].activation, fused[1].padding
+        (ReLU(), 1)
     """
     _check_model("fuse", model)
     batch_norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
@@ -85,6 +94,21 @@ def fuse_report(model: nn.Module) -> FuseReport:
     """What ``fuse`` did to this model, or, for a model that it has not seen, what it would do.
 
     For a model that ``torch.compile`` made with ``backend="triton_norm"``, what became of the graphs so far.
+
+    Args:
+        model: Any ``nn.Module``.
+
+    Returns:
+        A report whose fields map the path of a module to a line, and which prints as a list.
+
+    Raises:
+        TypeError: For what is no module.
+
+    Example:
+        >>> print(tn.fuse_report(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())))
+        Fused (1):
+          1: BatchNorm2d + ReLU
+        Operations behind norms: 1 before, 0 now.
     """
     compiled = getattr(model, "_orig_mod", model if getattr(model, "_compiled_call_impl", None) else None)
     if compiled is not None:

@@ -87,7 +87,7 @@ def _mode_guards(variant: Variant, inlined: list[str]) -> list[str]:
 
 def _declared(arguments: dict[str, inspect.Parameter]) -> str:
     """The arguments as they stand between the parentheses."""
-    words = []
+    words: list[str] = []
     for i, (name, p) in enumerate(arguments.items()):
         if p.kind is p.KEYWORD_ONLY and not any(word.startswith("*") for word in words):
             words.append("*")
@@ -109,7 +109,8 @@ def _passed(arguments: dict[str, inspect.Parameter]) -> str:
 
 
 def _rewritten(cls: type, codes: tuple[Code, ...]) -> type:
-    functions, used = [], []
+    functions: list[Any] = []
+    used: list[Any] = []
     for source, names in codes:
         scope = {**names, "original": cls.forward, **{f"forward_{n}": f for n, f in enumerate(functions)}}
         code = compile(source, f"<forward of a fused {cls.__name__}>", "exec")

@@ -9,7 +9,9 @@ try:
     import triton.language as tl
 
     AVAILABLE = True
-except ModuleNotFoundError:
+except ModuleNotFoundError as error:
+    if error.name != "triton":  # it is there, and misses something: numpy, if it is to be interpreted
+        raise
     from types import SimpleNamespace
 
     AVAILABLE = False

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, empty_like
@@ -45,7 +45,7 @@ class Backward:
     """
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        self.spec, self.wanted = spec, Gradients(*wanted)
+        self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
         plain = operands.empty_like(spec, operands.dense(o.x) if spec.padding != 0 else o.x)
         self._plain = (plain.shape, plain.stride())
         # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
@@ -147,7 +147,7 @@ def _bind(
 
 
 def _on_scratch(
-    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[bool], problem
+    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[Any], problem
 ) -> Callable[[Plan], Callable[[], object]]:
     o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
 

@@ -16,10 +16,10 @@ from .tiling import Planner, Tuned
 T = TypeVar("T")
 
 
-_forwards: dict[tuple, Forward] = Table()
-_backwards: dict[tuple, Backward] = Table()
-_sums: dict[tuple, Sums] = Table()
-_moments: dict[tuple, Moments] = Table()
+_forwards = Table()
+_backwards = Table()
+_sums = Table()
+_moments = Table()
 
 
 def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:

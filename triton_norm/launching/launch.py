@@ -92,12 +92,12 @@ class Launch:
         self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
     ) -> None:
         self._kernel, self._constants, self._device = kernel, constants, device
-        self._grid = (*grid, 1, 1)[:3]
+        self._grid: Any = (*grid, 1, 1)[:3]
         self._options = {"num_warps": warps, **OPTIONS}
         if ctas > 1:
             # Not said otherwise: Triton before 3.9 knows no clusters for these kernels.
             self._options["num_ctas"] = ctas
-        self._run = None
+        self._run: Any = None
 
     def __call__(self, *pointers: torch.Tensor | None) -> None:
         run, device = self._run, self._device

@@ -99,7 +99,7 @@ class Shares(NamedTuple):
     Columns of samples that have weights of their own lie side by side.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # a tuple's method, which nobody calls here
     columns: int
     dtype: torch.dtype
     launch: Launch

@@ -97,7 +97,7 @@ class Tiling:
         )  # fmt: skip
 
     @property
-    def lines(self) -> list[tuple[int, int, int]]:
+    def lines(self) -> list[tuple[int, ...]]:
         """Of a launch that pads, in d, h and w: how far it pads in front and behind, and the size of what it pads."""
         g, sides = self.geometry, (*self.spec.sides(self.dims), 0, 0, 0, 0)
         sizes = (g.K // max(g.H, 1), g.H, g.S)
@@ -112,7 +112,9 @@ class Tiling:
         # A program's part of the border at once, unless that were more than two elements for each thread.
         width = min(cdiv(border, self.plan.splits), max(64 * self.plan.warps // self.plan.rows, 1))
         sides = [side for line in self.lines for side in line[:2]]
-        return Pad(MODES[mode], *sides, *(places(mode, *line) for line in self.lines), self.dims > 4, power_of_2(width))
+        taps = (places(mode, *line) for line in self.lines)
+        fields: list[Any] = [MODES[mode], *sides, *taps, self.dims > 4, power_of_2(width)]
+        return Pad(*fields)
 
     @property
     def acc(self) -> tl.dtype:
@@ -178,7 +180,7 @@ class Tuned:
         return autotune.find(problem)[0]
 
 
-def _capturing(device: int) -> bool:
+def _capturing(device: int | str) -> bool:
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -13,6 +13,7 @@ from ..ops import recovered
 from ..ops.call import normalize
 from ..ops.checks import check_padding_mode, named
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result
+from .texts import composed
 
 
 def _renamed(function: FunctionType, name: str) -> FunctionType:
@@ -27,13 +28,20 @@ def _renamed(function: FunctionType, name: str) -> FunctionType:
 class Activated(nn.Module):
     """Mixed into a ``torch.nn`` norm: the activation's argument, its place in ``repr`` and in the call."""
 
+    if TYPE_CHECKING:  # annotations of a module's class are also what ``torch.jit`` reads
+        activation: ActivationLike
+        eps: Any
+        padding: Padding
+        padding_mode: PaddingMode
     #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
-    memory_efficient: bool = False
-    padding: Padding = 0
-    padding_mode: PaddingMode = "zeros"
+    memory_efficient = False
+    padding = 0
+    padding_mode = "zeros"
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
+        if doc := cls.__dict__.get("__doc__"):
+            cls.__doc__ = composed(doc)
         # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
         for name in ("__init__", "forward"):
             inherited = getattr(cls, name)
@@ -102,7 +110,9 @@ class Fused(Activated):
     #: How many spatial dims the input has; None for any number.
     _dims: int | None = None
 
-    def _construct(self, *args: Any, padding: Padding, padding_mode: PaddingMode, **options: Any) -> None:
+    def _construct(  # type: ignore[override]  # each takes what is its own, and passes on the rest
+        self, *args: Any, padding: Padding, padding_mode: PaddingMode, **options: Any
+    ) -> None:
         check_padding(padding, padding_mode, self._dims)
         super()._construct(*args, pads=padding != 0, **options)
         self.padding = padding
@@ -118,12 +128,16 @@ class Fused(Activated):
 class Affine(Fused):
     """The same with ``bias=``, which older releases of torch do not have on all of these modules."""
 
-    def _construct(self, *args: Any, bias: bool, **options: Any) -> None:
+    if TYPE_CHECKING:
+        weight: Any
+        bias: Any
+
+    def _construct(self, *args: Any, bias: bool, **options: Any) -> None:  # type: ignore[override]
         if "bias" in inspect.signature(super().__init__).parameters:
             options["bias"] = bias
         super()._construct(*args, **options)
         if not bias:
-            self.bias = None
+            self.register_parameter("bias", None)
 
     def reset_parameters(self) -> None:
         if isinstance(self, nn.modules.batchnorm._NormBase):
@@ -143,7 +157,7 @@ def parameters_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     )
 
 
-def running_of(module: nn.Module) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def running_of(module: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Running mean, running variance and the number of batches, likewise."""
     own = module._buffers
     try:

@@ -1,41 +1,54 @@
 """Convolution blocks in which everything behind a convolution is one pass: norm, residual, activation, next padding."""
 
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.parameter import Parameter
 
+from ..types import ActivationLike, NormLayer, NormName, Padding, PaddingMode, Result
 from . import convert, norms
 from .convert import normalize
 
 __all__ = ["BasicBlock", "Bottleneck", "ConvNormAct", "ResnetBlock"]
 
-NormLayer = Callable[[int], nn.Module]
 _NORMS = ("instance", "batch", "group", "none")
 
 
 class ConvNormAct(nn.Module):
     """``pad(activation(norm(conv(x)) + residual))``, everything behind the convolution in one pass.
 
-    The convolution is ``torch.nn.Conv{dims}d`` or, with ``transposed``, ``ConvTranspose{dims}d``, and takes the
-    arguments up to ``output_padding`` as they do; x is (N, C, *spatial) with ``dims`` spatial dims. ``norm`` is
-    "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``; for another one,
-    ``functools.partial(tn.GroupNorm, groups)``), "none", or a callable such as a class or ``functools.partial`` that
-    makes the norm from ``out_channels``. ``activation`` is what the norms of this package take. ``pad_output`` pads the
-    result for the next convolution, in that pass too.
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, padding_mode, dilation, groups: those of
+            ``torch.nn.Conv{dims}d``; x is (N, C, *spatial) with ``dims`` spatial dims.
+        dims: 1, 2 or 3.
+        transposed, output_padding: Whether it is ``torch.nn.ConvTranspose{dims}d``, and an argument of that.
+        norm: "instance", "batch", "group" (the largest number of groups that divides 32 and ``out_channels``; for
+            another one, ``functools.partial(tn.GroupNorm, groups)``), "none", or a callable such as a class or
+            ``functools.partial`` that makes the norm from ``out_channels``.
+        activation: As of ``tn.BatchNorm2d``.
+        pad_output, pad_output_mode: Padding of the result for the next convolution, in that pass too.
 
-    Called with ``return_unpadded=True`` it gives ``(padded, unpadded)``. The ``state_dict`` keys are those of the
-    convolution under ``conv.`` and of the norm under ``norm.``.
+    Called as ``m(x, residual=None)``, and with ``return_unpadded=True`` it gives ``(padded, unpadded)``. The
+    ``state_dict`` keys are those of the convolution under ``conv.`` and of the norm under ``norm.``.
 
     In front of a batch or instance norm the convolution has no bias, since the norm's mean would cancel it. A
     ``state_dict`` that has one brings it along: loading makes the parameter, because running means and evaluation
     depend on it. Load before an optimizer collects the parameters.
 
-    Raises ``ValueError`` for an unknown ``norm``, ``activation`` or padding mode, and torch's own errors.
+    Raises:
+        ValueError: For an unknown ``norm``, ``activation`` or padding mode, ``dims`` that are not 1, 2 or 3, and an
+            ``output_padding`` that is not ``transposed``. Otherwise torch's own errors.
+
+    Example:
+        >>> block = tn.ConvNormAct(3, 8, 3, padding=1, activation="relu", pad_output=1)
+        >>> padded, plain = block(torch.randn(2, 3, 16, 16), return_unpadded=True)
+        >>> padded.shape, plain.shape
+        (torch.Size([2, 8, 18, 18]), torch.Size([2, 8, 16, 16]))
     """
 
     def __init__(
@@ -45,17 +58,17 @@ class ConvNormAct(nn.Module):
         kernel_size: int | tuple[int, ...],
         *,
         stride: int | tuple[int, ...] = 1,
-        padding: int | tuple[int, ...] | str = 0,
-        padding_mode: str = "zeros",
+        padding: Padding | Literal["same", "valid"] = 0,
+        padding_mode: PaddingMode = "zeros",
         dilation: int | tuple[int, ...] = 1,
         groups: int = 1,
-        dims: int = 2,
+        dims: Literal[1, 2, 3] = 2,
         transposed: bool = False,
         output_padding: int | tuple[int, ...] = 0,
-        norm: str | NormLayer = "instance",
-        activation: None | str | nn.Module = "relu",
-        pad_output: int | tuple[int, ...] = 0,
-        pad_output_mode: str = "reflect",
+        norm: NormName | NormLayer = "instance",
+        activation: ActivationLike = "relu",
+        pad_output: Padding = 0,
+        pad_output_mode: PaddingMode = "reflect",
     ) -> None:
         super().__init__()
         if dims not in (1, 2, 3):
@@ -73,14 +86,31 @@ class ConvNormAct(nn.Module):
         # Also checks the arguments.
         self.finish = convert.Elementwise(out_channels, dims, activation, pad_output, pad_output_mode)
 
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True]
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool) -> Result: ...
+
     def forward(
         self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
+        """``residual`` has the shape of the convolution's result."""
         finish = self.finish
         return normalize(
             self.norm, self.conv(input), residual, finish.activation, finish.padding, finish.padding_mode,
-            return_unpadded,
+            return_unpadded=return_unpadded,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # Before the convolution's own turn, which then finds the parameter.
@@ -92,23 +122,40 @@ class ConvNormAct(nn.Module):
 class ResnetBlock(nn.Module):
     """The residual block of image-to-image generators: ``x + norm(conv(pad(relu(norm(conv(pad(x)))))))``.
 
-    For x (N, dim, H, W). ``padding_type`` is "reflect", "replicate" or "zero"; ``norm_layer`` makes a norm from a
-    number of channels; ``use_dropout`` puts a dropout of 0.5 behind the ReLU; ``use_bias`` gives the convolutions one.
-
     A chain of blocks needs no padding of its own: called with ``pad_output=True`` the block returns ``(padded,
-    plain)`` from one pass, and it takes such a pair as its input. ``padding`` and ``padding_mode`` say which padding
-    that is. A plain tensor as input is padded here.
+    plain)`` from one pass, and it takes such a pair as its input. The attributes ``padding`` and ``padding_mode`` say
+    which padding that is. A plain tensor as input is padded here.
+
+    Args:
+        dim: The channels of x (N, dim, H, W) and of the result.
+        padding_type: "reflect", "replicate" or "zero".
+        norm_layer: What makes a norm from a number of channels.
+        use_dropout: Whether there is a dropout of 0.5 behind the ReLU.
+        use_bias: Whether the convolutions have one.
+
+    Raises:
+        ValueError: For an unknown ``padding_type``.
+
+    Example:
+        >>> first, second = tn.models.ResnetBlock(8), tn.models.ResnetBlock(8)
+        >>> second(first(torch.randn(1, 8, 16, 16), pad_output=True)).shape
+        torch.Size([1, 8, 16, 16])
+
+    Johnson et al., "Perceptual Losses for Real-Time Style Transfer and Super-Resolution" (2016); keys are those of
+    junyanz/pytorch-CycleGAN-and-pix2pix.
     """
 
     def __init__(
-        self, dim: int, padding_type: str = "reflect", norm_layer: NormLayer = norms.InstanceNorm2d,
-        use_dropout: bool = False, use_bias: bool = True,
+        self, dim: int, padding_type: Literal["reflect", "replicate", "zero"] = "reflect",
+        norm_layer: NormLayer = norms.InstanceNorm2d, use_dropout: bool = False, use_bias: bool = True,
     ) -> None:  # fmt: skip
         super().__init__()
-        pads = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "zero": None}
+        pads: dict[str, Any] = {"reflect": nn.ReflectionPad2d, "replicate": nn.ReplicationPad2d, "zero": None}
         if padding_type not in pads:
             raise ValueError(f"unknown padding_type {padding_type!r}: expected one of {', '.join(map(repr, pads))}")
         #: What the input needs. A convolution pads with zeros by itself.
+        self.padding: int
+        self.padding_mode: PaddingMode
         self.padding, self.padding_mode = (0, "zeros") if padding_type == "zero" else (1, padding_type)
 
         def pad() -> list[nn.Module]:
@@ -123,7 +170,7 @@ class ResnetBlock(nn.Module):
 
     def forward(
         self, input: Tensor | tuple[Tensor, Tensor], *, pad_output: bool = False
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Result:
         *layers, last = self.conv_block
         padded, plain = input if isinstance(input, tuple) else (None, input)
         y = plain
@@ -139,10 +186,22 @@ class ResnetBlock(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """``relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))`` with two 3x3 convolutions; x is (N, inplanes, H, W).
+    """``relu(norm(conv(relu(norm(conv(x))))) + shortcut(x))`` with two 3x3 convolutions.
 
-    ``downsample`` maps x to the result's shape where that differs. With ``pointwise_first`` the first convolution is
-    1x1 and the second takes the stride. ``state_dict`` keys are those of torchvision's class of this name.
+    Args:
+        inplanes, planes: Channels of x (N, inplanes, H, W) and of the result.
+        stride: Of the first convolution.
+        downsample: Maps x to the result's shape where that differs.
+        norm_layer: What makes a norm from a number of channels.
+        pointwise_first: Whether the first convolution is 1x1 and the second takes the stride.
+
+    Raises what torch's convolutions and norms raise.
+
+    Example:
+        >>> tn.models.BasicBlock(8, 8)(torch.randn(1, 8, 16, 16)).shape
+        torch.Size([1, 8, 16, 16])
+
+    He et al., "Deep Residual Learning for Image Recognition" (2016); keys are those of torchvision's.
     """
 
     expansion = 1
@@ -166,7 +225,20 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """``BasicBlock`` with a 1x1, a 3x3 that takes the stride, and a 1x1 convolution to ``4 * planes`` channels."""
+    """``BasicBlock`` with a 1x1, a 3x3 that takes the stride, and a 1x1 convolution to ``4 * planes`` channels.
+
+    Args:
+        inplanes, planes: Channels of x (N, inplanes, H, W), and of the first two convolutions.
+        stride, downsample, norm_layer: as of ``BasicBlock``.
+
+    Raises what torch's convolutions and norms raise.
+
+    Example:
+        >>> tn.models.Bottleneck(32, 8)(torch.randn(1, 32, 16, 16)).shape
+        torch.Size([1, 32, 16, 16])
+
+    He et al., "Deep Residual Learning for Image Recognition" (2016); keys are those of torchvision's.
+    """
 
     expansion = 4
 
@@ -209,7 +281,7 @@ def _convolution(dims: int, transposed: bool) -> type[nn.Module]:
     return getattr(nn, f"Conv{'Transpose' if transposed else ''}{dims}d")
 
 
-def _make_norm(norm: str | NormLayer, channels: int, dims: int) -> nn.Module:
+def _make_norm(norm: NormName | NormLayer, channels: int, dims: int) -> nn.Module:
     if callable(norm):
         return norm(channels)
     if norm in ("instance", "batch"):

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
 
-from ..types import ActivationLike, Own, Padding, PaddingMode, Result
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels
 from .base import Fused
 from .checks import check_4d, check_shapes
 from .norms import BatchNorm, BatchNorm2d, InstanceNorm2d
 from .sync import SyncBatchNorm
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 __all__ = ["AdaIN2d", "ConditionalBatchNorm2d", "SPADE2d"]
 
 
 class AdaIN2d(Fused):
-    """Adaptive instance norm of (N, C, H, W): ``instance_norm(input) * scale + shift`` with both (N, C).
+    """Adaptive instance norm of (N, C, H, W): ``pad(activation(norm(x) * scale + shift + residual))`` in one pass.
 
-    With ``unbiased`` the variance is a sum over n - 1, as in the published code. Fused are activation, residual and
-    padding.
+    Scale and shift are (N, C), of a style; there are no parameters.
+
+    Args:
+        num_features: C.
+        eps: Added to the variance.
+        unbiased: Whether the variance is a sum over n - 1, as in the published code.
+        {options without memory_efficient}
+
+    {call of AdaIN}
+
+    Example:
+        >>> norm = tn.AdaIN2d(8, activation="relu")
+        >>> norm(torch.randn(2, 8, 16, 16), torch.rand(2, 8), torch.rand(2, 8)).shape
+        torch.Size([2, 8, 16, 16])
+
+    Huang and Belongie, "Arbitrary Style Transfer in Real-time with Adaptive Instance Normalization" (2017).
     """
 
     _dims = 2
@@ -40,6 +57,26 @@ class AdaIN2d(Fused):
         self.eps = eps
         self.unbiased = unbiased
 
+    @overload
+    def forward(
+        self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *,
+        return_unpadded: Literal[False] = False, unit_offset: bool = False, unbiased: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *,
+        return_unpadded: Literal[True], unit_offset: bool = False, unbiased: bool = False,
+        **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        unit_offset: bool = False, unbiased: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
     def forward(
         self, input: Tensor, scale: Tensor, shift: Tensor, residual: Tensor | None = None, *,
         activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
@@ -47,6 +84,7 @@ class AdaIN2d(Fused):
         dtype: torch.dtype | None = None,
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
+        """In one pass, with the module's settings but for what is said here."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=scale, shift=shift)
         correction = int(self.unbiased if unbiased is ... else unbiased)
@@ -55,6 +93,9 @@ class AdaIN2d(Fused):
             memory_efficient,
         )  # fmt: skip
         return self._call(("instance", None, True, 0.0), said, input, scale, shift, residual)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     def extra_repr(self) -> str:
         own = f"{self.num_features}, eps={self.eps}" + (", unbiased=True" if self.unbiased else "")
@@ -98,31 +139,72 @@ class Conditional(BatchNorm):
             nn.init.ones_(self.scale.weight)
             nn.init.zeros_(self.shift.weight)
 
+    @overload  # type: ignore[override]  # labels come with every call
+    def forward(
+        self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *,
+        return_unpadded: Literal[False] = False, unit_offset: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
+        unit_offset: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        unit_offset: bool = False, **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
+
     def forward(
         self, input: Tensor, labels: Tensor, residual: Tensor | None = None, *,
         activation: ActivationLike | Own = ..., padding: Padding | Own = ..., padding_mode: PaddingMode | Own = ...,
         return_unpadded: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
+        """In one pass, with the module's settings but for what is said here."""
         check_4d(input, self.num_features)
         check_shapes(input.shape[:1], labels=labels)
         if labels.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"labels must be int32 or int64, but got {labels.dtype}")
+        said: dict[str, Any] = {
+            "activation": activation, "padding": padding, "padding_mode": padding_mode, "unit_offset": unit_offset,
+            "dtype": dtype, "memory_efficient": memory_efficient,
+        }  # fmt: skip
         return super().forward(
-            input, residual, weight=self.scale(labels), bias=self.shift(labels), activation=activation,
-            padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded, unit_offset=unit_offset,
-            dtype=dtype, memory_efficient=memory_efficient,
+            input, residual, weight=self.scale(labels), bias=self.shift(labels), return_unpadded=return_unpadded,
+            **said,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward  # type: ignore[assignment]
 
 
 class ConditionalBatchNorm2d(Conditional, nn.BatchNorm2d):
-    """Class-conditional batch norm: ``batch_norm(input) * scale[labels] + shift[labels]`` with ``labels`` (N,).
+    """Batch norm of (N, C, H, W) with a learned scale and shift for each class.
 
-    For (N, C, H, W), with fused activation, residual and padding.
+    ``pad(activation(batch_norm(x) * scale[labels] + shift[labels] + residual))`` in one pass; labels are (N,), int32 or
+    int64.
+
+    Args:
+        num_features: C.
+        num_classes: Of the embeddings ``scale`` and ``shift``, both (num_classes, C).
+        eps, momentum, track_running_stats, device, dtype: those of ``torch.nn.BatchNorm2d``.
+        {options without memory_efficient}
+
+    {call of conditional batch norm}
+
+    Example:
+        >>> norm = tn.ConditionalBatchNorm2d(8, num_classes=10, activation="relu")
+        >>> norm(torch.randn(2, 8, 16, 16), torch.tensor([3, 7])).shape
+        torch.Size([2, 8, 16, 16])
+
+    Dumoulin et al., "A Learned Representation for Artistic Style" (2017).
     """
 
 
-class _ConditionalSyncBatchNorm(Conditional, SyncBatchNorm):
+class _ConditionalSyncBatchNorm(Conditional, SyncBatchNorm):  # type: ignore[misc]
     """What ``SyncBatchNorm.convert_sync_batchnorm`` makes of it."""
 
 
@@ -130,10 +212,27 @@ Conditional.synchronized = _ConditionalSyncBatchNorm
 
 
 class SPADE2d(Fused):
-    """Spatially adaptive norm of (N, C, H, W): ``norm(input) * (1 + gamma) + beta`` with both of the input's shape.
+    """Spatially adaptive norm of (N, C, H, W), as one pass of
 
-    ``norm`` is "batch", "instance" or "syncbatch": without parameters, and with running statistics unless "instance".
-    Fused are activation, residual and padding.
+    ``pad(activation(norm(x) * (1 + gamma) + beta + residual))``.
+
+    Gamma and beta are of the input's shape; there are no parameters.
+
+    Args:
+        num_features: C.
+        norm: "batch", "instance" or "syncbatch"; with running statistics unless it is "instance".
+        eps, momentum, device, dtype: those of ``torch.nn.BatchNorm2d``.
+        {options without memory_efficient}
+
+    {call of SPADE}
+
+    Example:
+        >>> norm = tn.SPADE2d(8, norm="instance", activation=nn.LeakyReLU(0.2))
+        >>> x, gamma, beta = torch.randn(3, 2, 8, 16, 16)
+        >>> norm(x, gamma, beta).shape
+        torch.Size([2, 8, 16, 16])
+
+    Park et al., "Semantic Image Synthesis with Spatially-Adaptive Normalization" (2019).
     """
 
     _dims = 2
@@ -151,12 +250,30 @@ class SPADE2d(Fused):
         padding: Padding = 0,
         padding_mode: PaddingMode = "reflect",
     ) -> None:
-        norms = {"batch": BatchNorm2d, "instance": InstanceNorm2d, "syncbatch": SyncBatchNorm}
+        norms: dict[str, Any] = {"batch": BatchNorm2d, "instance": InstanceNorm2d, "syncbatch": SyncBatchNorm}
         if norm not in norms:
             raise ValueError(f"unknown norm {norm!r}: expected one of {', '.join(map(repr, norms))}")
         self._construct(activation=activation, padding=padding, padding_mode=padding_mode)
         self.num_features = num_features
         self.norm = norms[norm](num_features, eps, momentum, affine=False, device=device, dtype=dtype)
+
+    @overload
+    def forward(
+        self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *,
+        return_unpadded: Literal[False] = False, unit_offset: bool = True, **said: Unpack[SaidOfChannels],
+    ) -> Tensor: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *,
+        return_unpadded: Literal[True], unit_offset: bool = True, **said: Unpack[SaidOfChannels],
+    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+    @overload
+    def forward(
+        self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
+        unit_offset: bool = True, **said: Unpack[SaidOfChannels],
+    ) -> Result: ...  # fmt: skip
 
     def forward(
         self, input: Tensor, gamma: Tensor, beta: Tensor, residual: Tensor | None = None, *,
@@ -164,6 +281,7 @@ class SPADE2d(Fused):
         return_unpadded: bool = False, unit_offset: bool = True, dtype: torch.dtype | None = None,
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
+        """In one pass, with the module's settings but for what is said here."""
         check_4d(input, self.num_features)
         check_shapes(input.shape, gamma=gamma, beta=beta)
         return self.norm(
@@ -174,3 +292,6 @@ class SPADE2d(Fused):
             return_unpadded=return_unpadded, unit_offset=unit_offset, dtype=dtype,
             memory_efficient=memory_efficient,
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,10 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
 #: What more can be fused into: the others of ours are called with more than one tensor.
 _OPEN = (*OURS.values(), norms.LayerNorm2d)
 
-_PADS = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros"}
-_PAD_MODES: dict[type[nn.Module], tuple[str, int]] = {
+_PADS: dict[str, PaddingMode] = {
+    "ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular", "ZeroPad": "zeros",
+}  # fmt: skip
+_PAD_MODES: dict[type[nn.Module], tuple[PaddingMode, int]] = {
     getattr(nn, f"{name}{n}d"): (mode, n) for name, mode in {**_PADS, "ConstantPad": "zeros"}.items() for n in (1, 2, 3)
 }
 
@@ -39,6 +41,10 @@ class Elementwise(nn.Module):
 
     For x (N, C, *spatial) or, unbatched, (C, *spatial) with ``dims`` spatial dims.
     """
+
+    if TYPE_CHECKING:
+        _mean: Tensor
+        _var: Tensor
 
     def __init__(
         self,
@@ -74,7 +80,7 @@ class Elementwise(nn.Module):
                 input.unsqueeze(0), None if residual is None else residual.unsqueeze(0), activation=activation,
                 padding=padding, padding_mode=padding_mode, return_unpadded=return_unpadded,
             )  # fmt: skip
-            return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
+            return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
         # 1 + 1e-30 is 1.
         return functional.batch_norm(
             input, self._mean, self._var, eps=1e-30, residual=residual, activation=activation, padding=padding,
@@ -153,7 +159,8 @@ def rows_of(norm: nn.Module) -> tuple[int, ...] | None:
     """
     if not issubclass(_class_of(norm), (norms.LayerNorm, norms.RMSNorm)):
         return None
-    return tuple(norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.weight.shape)
+    shape: Any = norm.normalized_shape if hasattr(norm, "normalized_shape") else norm.weight.shape
+    return tuple(shape)
 
 
 def takes_bias(norm: nn.Module) -> bool:
@@ -181,7 +188,7 @@ def activation_of(layer: nn.Module) -> nn.Module | None:
     return layer
 
 
-def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...], str] | None:
+def padding_of(layer: Any, dims: int | None) -> tuple[Padding, PaddingMode] | None:
     """``(padding, padding_mode)`` of one of torch's padding layers over ``dims`` dims (None: any), else None."""
     mode, n = _PAD_MODES.get(type(layer), (None, None))
     if mode is None or n != (dims or n) or getattr(layer, "value", 0) != 0:
@@ -189,7 +196,7 @@ def padding_of(layer: nn.Module, dims: int | None) -> tuple[int | tuple[int, ...
     return tidy_padding(layer.padding, dims, mode)
 
 
-def tidy_padding(sides: Sequence[int], dims: int | None, mode: str) -> tuple[int | tuple[int, ...], str] | None:
+def tidy_padding(sides: Sequence[int], dims: int | None, mode: PaddingMode) -> tuple[Padding, PaddingMode] | None:
     """The same, of torch's (left, right, ...) over ``dims`` dims (None: any); None where it crops."""
     if len(sides) != 2 * (dims or len(sides) // 2) or not all(isinstance(p, int) and p >= 0 for p in sides):
         return None
@@ -198,7 +205,7 @@ def tidy_padding(sides: Sequence[int], dims: int | None, mode: str) -> tuple[int
 
 
 def absorb(
-    norm: nn.Module, activation: nn.Module | None, padding: tuple[int | tuple[int, ...], str] | None
+    norm: Any, activation: nn.Module | None, padding: tuple[Padding, PaddingMode] | None
 ) -> nn.Module:
     """Our plain ``norm``, from here on with this activation and padding."""
     if activation is not None:
@@ -239,6 +246,20 @@ def has_fixed_activation(layer: nn.Module) -> bool:
     return activation_of(layer) is not None and not isinstance(layer, nn.PReLU)
 
 
+@overload
+def normalize(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: ActivationLike = None, padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect", return_unpadded: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def normalize(
+    norm: nn.Module, x: Tensor, residual: Tensor | None = None, activation: ActivationLike = None, padding: Padding = 0,
+    padding_mode: PaddingMode = "reflect", return_unpadded: bool = False, **before: Any,
+) -> Result: ...  # fmt: skip
+
+
 def normalize(
     norm: nn.Module,
     x: Tensor,
@@ -248,7 +269,7 @@ def normalize(
     padding_mode: PaddingMode = "reflect",
     return_unpadded: bool = False,
     **before: Any,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """``pad(activation(norm(x) + residual))``: in one pass for a norm of ours, one after the other for any other.
 
     ``before`` is what one of ours over trailing dims is told of a sum before it.
@@ -268,7 +289,7 @@ def normalize(
 
 def finish(
     y: Tensor, padding: Padding, padding_mode: PaddingMode, return_unpadded: bool
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Result:
     """The padding alone."""
     padded = y if padding == 0 else reference.pad(y, padding, padding_mode)
     return (padded, y) if return_unpadded else padded

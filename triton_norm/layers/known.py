@@ -18,9 +18,11 @@ __all__ = ["Twin", "activation_of_known", "base_of", "twin_of"]
 class _RMSNorm(norms.RMSNorm):
     """Of Llama: the result has the dtype of weight times input, under autocast too."""
 
-    def forward(self, input: Tensor, residual: Tensor | None = None, **fused: Any) -> Tensor:
-        fused.setdefault("dtype", torch.promote_types(input.dtype, self.weight.dtype))
-        return super().forward(input, residual, **fused)
+    def forward(  # type: ignore[override]  # torch's calls its input x
+        self, input: Tensor, residual: Tensor | None = None, **said: Any
+    ) -> Any:
+        said.setdefault("dtype", torch.promote_types(input.dtype, self.weight.dtype))
+        return super().forward(input, residual, **said)
 
 
 _TIMM, _HF = "timm.layers.", "transformers.models."
@@ -69,9 +71,10 @@ def activation_of_known(norm: nn.Module) -> nn.Module | None:
     return None if type(act) in _NOTHING else act
 
 
-def twin_of(norm: nn.Module, base: type[nn.Module]) -> nn.Module:
+def twin_of(norm: Any, base: type[nn.Module]) -> nn.Module:
     """The norm as an instance of ``base`` and of its own class, with the same parameters, buffers and attributes."""
-    twin = _twin(base, type(norm))
+    # A module's class has a hash, whatever the types of torch say.
+    twin = _twin(base, type(norm))  # type: ignore[arg-type]
     ours = twin.__new__(twin)
     ours.__dict__.update(norm.__dict__, activation=activation_of_known(norm))
     if issubclass(base, _RMSNorm):
@@ -85,16 +88,17 @@ class Twin:
     _made_of: tuple[type[nn.Module], type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        _, (cls, *args), *rest = super().__reduce_ex__(2)
+        reduced: Any = super().__reduce_ex__(2)
+        _, (cls, *args), *rest = reduced
         return _new, (*cls._made_of, args), *rest
 
 
 @functools.cache
-def _twin(base: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
+def _twin(base: Any, cls: Any) -> Any:
     names = {"_made_of": (base, cls), "__module__": cls.__module__, "__qualname__": cls.__qualname__}
     return type(cls)(cls.__name__, (Twin, base, cls), names)
 
 
 def _new(base: type[nn.Module], cls: type[nn.Module], args: list) -> nn.Module:
-    twin = _twin(base, cls)
+    twin = _twin(base, cls)  # type: ignore[arg-type]
     return twin.__new__(twin, *args)

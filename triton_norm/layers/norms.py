@@ -5,7 +5,6 @@ Each class is a subclass of its ``torch.nn`` namesake: same arguments, same para
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -13,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels, SaidOfRows
-from .base import Activated, Affine, Fused, running_of
-from .checks import check_4d
+from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels
+from .base import Affine, running_of
+from .rows import LayerNorm, LayerNorm2d, RMSNorm
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -84,7 +83,7 @@ class BatchNorm(Affine, _BatchNorm):
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
         dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
-        """``fused`` are keyword arguments of ``functional.batch_norm``, in place of the module's own."""
+        """``tn.functional.batch_norm`` with the module's state and settings, but for what is said here."""
         self._check_input_dim(input)
         training = self.training
         mean = var = count = None
@@ -101,6 +100,9 @@ class BatchNorm(Affine, _BatchNorm):
         return self._call(
             ("batch", None, use_stats, momentum), said, input, weight, bias, residual, mean, var, count
         )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class InstanceNorm(Affine, _InstanceNorm):
@@ -154,7 +156,7 @@ class InstanceNorm(Affine, _InstanceNorm):
         unbiased: bool = False, dtype: torch.dtype | None = None,
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
-        """``fused`` are keyword arguments of ``functional.instance_norm``, in place of the module's own."""
+        """``tn.functional.instance_norm`` with the module's state and settings, but for what is said here."""
         self._check_input_dim(input)
         unbatched = input.dim() == self._get_no_batch_dim()
         if input.size(0 if unbatched else 1) != self.num_features:
@@ -175,47 +177,129 @@ class InstanceNorm(Affine, _InstanceNorm):
         y = self._call(asked, said, input, weight, bias, residual, mean, var)
         if not unbatched:
             return y
-        return tuple(t.squeeze(0) for t in y) if isinstance(y, tuple) else y.squeeze(0)
+        return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
 
 class BatchNorm1d(BatchNorm, nn.BatchNorm1d):
-    """``torch.nn.BatchNorm1d`` for (N, C) or (N, C, L), with fused activation, residual and padding."""
+    """``torch.nn.BatchNorm1d`` for (N, C) or (N, C, L), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {batch norm}
+
+    Example:
+        >>> norm = tn.BatchNorm1d(8, activation=nn.LeakyReLU(0.2))
+        >>> norm(torch.randn(4, 8)).shape
+        torch.Size([4, 8])
+    """
 
     _dims = 1
 
 
 class BatchNorm2d(BatchNorm, nn.BatchNorm2d):
-    """``torch.nn.BatchNorm2d`` for (N, C, H, W), with fused activation, residual and padding."""
+    """``torch.nn.BatchNorm2d`` for (N, C, H, W), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {batch norm}
+
+    Example:
+        >>> norm = tn.BatchNorm2d(8, activation="relu")
+        >>> x, skip = torch.randn(2, 8, 16, 16), torch.randn(2, 8, 16, 16)
+        >>> torch.allclose(norm(x, residual=skip), torch.relu(nn.BatchNorm2d(8)(x) + skip), atol=1e-5)
+        True
+    """
 
     _dims = 2
 
 
 class BatchNorm3d(BatchNorm, nn.BatchNorm3d):
-    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), with fused activation, residual and padding."""
+    """``torch.nn.BatchNorm3d`` for (N, C, D, H, W), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {batch norm}
+
+    Example:
+        >>> norm = tn.BatchNorm3d(8, activation="elu", padding=1, padding_mode="replicate")
+        >>> norm(torch.randn(1, 8, 4, 4, 4)).shape
+        torch.Size([1, 8, 6, 6, 6])
+    """
 
     _dims = 3
 
 
 class InstanceNorm1d(InstanceNorm, nn.InstanceNorm1d):
-    """``torch.nn.InstanceNorm1d`` for (N, C, L) or (C, L), with fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm1d`` for (N, C, L) or (C, L), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {instance norm}
+
+    Example:
+        >>> norm = tn.InstanceNorm1d(8, affine=True, activation="gelu")
+        >>> norm(torch.randn(8, 10)).shape
+        torch.Size([8, 10])
+    """
 
     _dims = 1
 
 
 class InstanceNorm2d(InstanceNorm, nn.InstanceNorm2d):
-    """``torch.nn.InstanceNorm2d`` for (N, C, H, W) or (C, H, W), with fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm2d`` for (N, C, H, W) or (C, H, W), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {instance norm}
+
+    Example:
+        >>> norm = tn.InstanceNorm2d(8, activation="relu", padding=1)
+        >>> padded, plain = norm(torch.randn(2, 8, 16, 16), return_unpadded=True)
+        >>> padded.shape, plain.shape
+        (torch.Size([2, 8, 18, 18]), torch.Size([2, 8, 16, 16]))
+    """
 
     _dims = 2
 
 
 class InstanceNorm3d(InstanceNorm, nn.InstanceNorm3d):
-    """``torch.nn.InstanceNorm3d`` for (N, C, D, H, W) or (C, D, H, W), with fused activation, residual and padding."""
+    """``torch.nn.InstanceNorm3d`` for (N, C, D, H, W) or (C, D, H, W), as one pass of
+
+    ``pad(activation(norm(x) * weight + bias + residual))``.
+
+    {instance norm}
+
+    Example:
+        >>> norm = tn.InstanceNorm3d(8, activation="leaky_relu")
+        >>> norm(torch.randn(1, 8, 4, 4, 4)).shape
+        torch.Size([1, 8, 4, 4, 4])
+    """
 
     _dims = 3
 
 
 class GroupNorm(Affine, nn.GroupNorm):
-    """``torch.nn.GroupNorm`` for (N, C, *), with fused activation, residual and padding."""
+    """``torch.nn.GroupNorm`` for (N, C, *): ``pad(activation(norm(x) * weight + bias + residual))`` in one pass.
+
+    Mean and variance are those of C / ``num_groups`` neighbouring channels of a sample.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype: those of ``torch.nn.GroupNorm``.
+        bias: Whether there is one; on every release of torch.
+        {options}
+
+    {call of group norm}
+
+    Example:
+        >>> norm = tn.GroupNorm(4, 8, activation="silu")
+        >>> norm(torch.randn(2, 8, 16, 16)).shape
+        torch.Size([2, 8, 16, 16])
+
+    Wu and He, "Group Normalization" (2018).
+    """
 
     def __init__(
         self,
@@ -265,164 +349,9 @@ class GroupNorm(Affine, nn.GroupNorm):
         padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, unit_offset: bool = False,
         dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
-        """``fused`` are keyword arguments of ``functional.group_norm``, in place of the module's own."""
+        """``tn.functional.group_norm`` with the module's parameters and settings, but for what is said here."""
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(("group", self.num_groups, True, 0.0), said, input, weight, bias, residual)
 
-
-class LayerNorm(Activated, nn.LayerNorm):
-    """``torch.nn.LayerNorm``, with fused activation, residual, and sum before the norm.
-
-        y, stream = norm(branch, pre_residual=stream, return_sum=True)
-    """
-
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: ActivationLike = None,
-        memory_efficient: bool = False,
-    ) -> None:
-        self._construct(
-            normalized_shape, eps, elementwise_affine, bias, device, dtype,
-            activation=activation, memory_efficient=memory_efficient,
-        )  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
-        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
-    ) -> Tensor: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
-        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
-        bias: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
-    ) -> Result: ...  # fmt: skip
-
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
-        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None,
-        return_sum: bool = False, unit_offset: bool = False, dtype: torch.dtype | None = None,
-        memory_efficient: bool | Own = ...,
-    ) -> Result:  # fmt: skip
-        """``fused`` are keyword arguments of ``functional.layer_norm``, in place of the module's own."""
-        asked = ("layer", self.normalized_shape, True, 0.0)
-        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
-        return self._call(asked, said, input, weight, bias, residual, None, None, None, pre_residual)
-
-
-class RMSNorm(Activated, nn.RMSNorm):
-    """``torch.nn.RMSNorm``, with fused activation, residual, and sum before the norm, called as ``LayerNorm``."""
-
-    def __init__(
-        self,
-        normalized_shape: int | Sequence[int],
-        eps: float | None = None,
-        elementwise_affine: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: ActivationLike = None,
-        memory_efficient: bool = False,
-    ) -> None:
-        self._construct(
-            normalized_shape, eps, elementwise_affine, device, dtype,
-            activation=activation, memory_efficient=memory_efficient,
-        )  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[False] = False,
-        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
-    ) -> Tensor: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: Literal[True],
-        weight: Tensor | None | Own = ..., **said: Unpack[SaidOfRows],
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_sum: bool, weight: Tensor | None | Own = ...,
-        **said: Unpack[SaidOfRows],
-    ) -> Result: ...  # fmt: skip
-
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
-        activation: ActivationLike | Own = ..., pre_residual: Tensor | None = None, return_sum: bool = False,
-        unit_offset: bool = False, dtype: torch.dtype | None = None,
-        memory_efficient: bool | Own = ...,
-    ) -> Result:  # fmt: skip
-        """``fused`` are keyword arguments of ``functional.rms_norm``, in place of the module's own."""
-        asked = ("rms", self.normalized_shape, True, 0.0)
-        said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
-        return self._call(asked, said, input, weight, ..., residual, None, None, None, pre_residual)
-
-
-class LayerNorm2d(Fused, nn.LayerNorm):
-    """Layer norm over the channels of (N, C, H, W), as in ConvNeXt, with fused activation, residual and padding."""
-
-    _dims = 2
-
-    def __init__(
-        self,
-        num_channels: int,
-        eps: float = 1e-5,
-        elementwise_affine: bool = True,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        activation: ActivationLike = None,
-        padding: Padding = 0,
-        padding_mode: PaddingMode = "reflect",
-        memory_efficient: bool = False,
-    ) -> None:
-        self._construct(
-            num_channels, eps, elementwise_affine, bias, device, dtype,
-            activation=activation, padding=padding, padding_mode=padding_mode,
-            memory_efficient=memory_efficient,
-        )  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[False] = False,
-        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
-    ) -> Tensor: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: Literal[True],
-        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
-    ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-
-    @overload
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool,
-        weight: Tensor | None | Own = ..., bias: Tensor | None | Own = ..., **said: Unpack[SaidOfChannels],
-    ) -> Result: ...  # fmt: skip
-
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, weight: Tensor | None | Own = ...,
-        bias: Tensor | None | Own = ..., activation: ActivationLike | Own = ..., padding: Padding | Own = ...,
-        padding_mode: PaddingMode | Own = ..., return_unpadded: bool = False, dtype: torch.dtype | None = None,
-        memory_efficient: bool | Own = ...,
-    ) -> Result:  # fmt: skip
-        """``fused`` are activation, padding, padding_mode and return_unpadded, in place of the module's own."""
-        check_4d(input)
-        asked = ("channels", self.normalized_shape, True, 0.0)
-        said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
-        return self._call(asked, said, input, weight, bias, residual)
+    if TYPE_CHECKING:
+        __call__ = forward

@@ -17,7 +17,7 @@ __all__ = ["SyncBatchNorm"]
 
 
 class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm`` for (N, C, *), with fused activation, residual and padding.
+    """``torch.nn.SyncBatchNorm`` for (N, C, *): ``pad(activation(norm(x) * weight + bias + residual))`` in one pass.
 
     In training, mean and variance are those of all ranks' inputs in ``process_group``, by default all there are: the
     ranks gather 2 C + 1 numbers forward and add up 2 C backward. N may differ from rank to rank, and be 0. Unlike
@@ -27,10 +27,21 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
     Gradients of weight and bias are the rank's own, as torch's are; ``DistributedDataParallel``, which adds them up,
     takes this class, as it takes torch's, on GPUs alone, and ``fully_shard`` on any device.
 
-    Raises what ``tn.BatchNorm2d`` raises, before anything is sent.
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype: those of
+            ``torch.nn.SyncBatchNorm``.
+        bias: Whether there is one; on every release of torch.
+        {options without memory_efficient}
 
-    >>> torch.distributed.init_process_group("gloo")
-    >>> model = tn.SyncBatchNorm.convert_sync_batchnorm(model)  # what is fused in a norm stays fused
+    {call of batch norm}
+
+    That is raised before anything is sent.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), tn.BatchNorm2d(8, activation="relu"))
+        >>> model = tn.SyncBatchNorm.convert_sync_batchnorm(model)  # what is fused in a norm stays fused
+        >>> model[1].activation
+        'relu'
     """
 
     def __init__(
@@ -69,7 +80,7 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         distributed = torch.distributed
         if not (distributed.is_available() and distributed.is_initialized()):
             return None
-        group = self.process_group or distributed.group.WORLD
+        group: Any = self.process_group or distributed.group.WORLD
         return group.group_name if distributed.get_world_size(group) > 1 else None
 
     @classmethod
@@ -78,6 +89,13 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
 
         Parameters and buffers are shared with the norms that are replaced. In a ``SPADE2d`` the norm inside is; a
         ``ConditionalBatchNorm2d`` keeps its embeddings.
+
+        Args:
+            module: Any ``nn.Module``.
+            process_group: Of the new norms; by default all ranks.
+
+        Returns:
+            ``module``, or what a norm became that is itself ``module``.
         """
         converted = module
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

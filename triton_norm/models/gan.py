@@ -5,15 +5,16 @@ that a norm took in are ``nn.Identity``, so that the numbers in the keys stay.
 """
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from ..layers.blocks import NormLayer, ResnetBlock
+from ..layers.blocks import ResnetBlock
 from ..layers.convert import absorb, fuse_neighbours, is_plain, normalize, to_ours
 from ..layers.norms import BatchNorm2d
+from ..types import NormLayer
 
 __all__ = ["NLayerDiscriminator", "ResnetGenerator", "UnetGenerator"]
 
@@ -25,19 +26,36 @@ def _wants_bias(norm_layer: NormLayer) -> bool:
 
 
 class ResnetGenerator(nn.Module):
-    """Two downsampling convolutions, ``n_blocks`` residual blocks, two upsampling ones; (N, C, H, W), H and W by 4.
+    """Two downsampling convolutions, ``n_blocks`` residual blocks, two upsampling ones.
 
-    ``norm_layer`` is a norm's class or a ``functools.partial`` of one; ``padding_type`` of the residual blocks is
-    "reflect", "replicate" or "zero". ``decoder`` is "transposed" for transposed convolutions, or "upsample" for
-    bilinear upsampling before a reflect-padded convolution.
+    x (N, input_nc, H, W), H and W divisible by 4, becomes (N, output_nc, H, W). The norm before the first block and
+    each block's second norm write the next block's padded input and the plain tensor for its skip in one pass.
 
-    The norm before the first block and each block's second norm write the next block's padded input and the plain
-    tensor for its skip in one pass.
+    Args:
+        input_nc, output_nc: Channels of x and of the result.
+        ngf: Channels of the first convolution's result.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_dropout: Whether the blocks have a dropout of 0.5.
+        n_blocks: How many residual blocks there are.
+        padding_type: Of the residual blocks: "reflect", "replicate" or "zero".
+        decoder: "transposed" for transposed convolutions, or "upsample" for bilinear upsampling before a reflect-padded
+            convolution.
+
+    Raises:
+        ValueError: For an unknown ``decoder`` or ``padding_type``, or a negative ``n_blocks``.
+
+    Example:
+        >>> generator = tn.models.ResnetGenerator(3, 3, ngf=8, norm_layer=nn.InstanceNorm2d, n_blocks=2)
+        >>> generator(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+
+    Zhu et al., "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks" (2017).
     """
 
     def __init__(
         self, input_nc: int, output_nc: int, ngf: int = 64, norm_layer: NormLayer = BatchNorm2d,
-        use_dropout: bool = False, n_blocks: int = 6, padding_type: str = "reflect", *, decoder: str = "transposed",
+        use_dropout: bool = False, n_blocks: int = 6, padding_type: Literal["reflect", "replicate", "zero"] = "reflect",
+        *, decoder: Literal["transposed", "upsample"] = "transposed",
     ) -> None:  # fmt: skip
         super().__init__()
         if decoder not in ("transposed", "upsample"):
@@ -72,12 +90,12 @@ class ResnetGenerator(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         first, last = self._blocks
-        layers = list(self.model)
+        layers: list[Any] = list(self.model)
         blocks = layers[first:last]
         x: Any = input
         for layer in layers[: first - 2]:
             x = layer(x)
-        x = self._enter(*layers[first - 2 : first], x, blocks)
+        x = self._enter(layers[first - 2], layers[first - 1], x, blocks)
         for i, block in enumerate(blocks):
             x = block(x, pad_output=i + 1 < len(blocks))
         for layer in layers[last:]:
@@ -85,7 +103,7 @@ class ResnetGenerator(nn.Module):
         return x
 
     @staticmethod
-    def _enter(norm: nn.Module, activation: nn.Module, x: Tensor, blocks: list[nn.Module]) -> Any:
+    def _enter(norm: Any, activation: nn.Module, x: Tensor, blocks: list[Any]) -> Any:
         """The last downsampling norm and its activation, padded for the first block."""
         if not blocks or not isinstance(activation, nn.Identity):
             return activation(norm(x))
@@ -96,8 +114,24 @@ class ResnetGenerator(nn.Module):
 class UnetGenerator(nn.Module):
     """An encoder of ``num_downs`` strided convolutions and a decoder with skips; 2 ** num_downs pixels become 1x1.
 
-    x is (N, input_nc, H, W) with H and W divisible by 2 ** num_downs; ``num_downs`` is at least 5. ``use_dropout``
-    drops half of the decoder's innermost full-width layers.
+    x (N, input_nc, H, W), H and W divisible by 2 ** num_downs, becomes (N, output_nc, H, W).
+
+    Args:
+        input_nc, output_nc: Channels of x and of the result.
+        num_downs: At least 5.
+        ngf: Channels of the first convolution's result.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_dropout: Whether half of the decoder's innermost full-width layers is dropped.
+
+    Raises:
+        ValueError: For a ``num_downs`` below 5.
+
+    Example:
+        >>> generator = tn.models.UnetGenerator(3, 3, num_downs=5, ngf=8).eval()
+        >>> generator(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 3, 32, 32])
+
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017).
     """
 
     def __init__(
@@ -128,7 +162,7 @@ class UnetSkipConnectionBlock(nn.Module):
     """
 
     def __init__(
-        self, outer_nc: int, inner_nc: int, input_nc: int | None = None, submodule: nn.Module | None = None,
+        self, outer_nc: int, inner_nc: int, input_nc: int | None = None, submodule: Any = None,
         outermost: bool = False, innermost: bool = False, norm_layer: NormLayer = BatchNorm2d,
         use_dropout: bool = False,
     ) -> None:  # fmt: skip
@@ -162,9 +196,23 @@ class UnetSkipConnectionBlock(nn.Module):
 class NLayerDiscriminator(nn.Module):
     """The PatchGAN discriminator: x (N, input_nc, H, W) becomes (N, 1, h, w), one score per patch.
 
-    ``n_layers`` strided convolutions of 4x4, LeakyReLU(0.2); ``norm_layer`` is a norm's class or a
-    ``functools.partial`` of one; ``use_sigmoid`` squashes the scores. ``deformable`` makes the first convolution a
-    ``DeformableConv2d`` of 3x3, which needs torchvision.
+    Args:
+        input_nc: Channels of x.
+        ndf: Channels of the first convolution's result.
+        n_layers: How many convolutions of 4x4 with LeakyReLU(0.2) have a stride.
+        norm_layer: A norm's class or a ``functools.partial`` of one.
+        use_sigmoid: Whether the scores are squashed.
+        deformable: Whether the first convolution is a modulated deformable one of 3x3, which needs torchvision.
+
+    Raises:
+        ImportError: Where ``deformable`` has no torchvision.
+
+    Example:
+        >>> discriminator = tn.models.NLayerDiscriminator(3, ndf=8)
+        >>> discriminator(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 1, 6, 6])
+
+    Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks" (2017).
     """
 
     def __init__(
@@ -203,7 +251,7 @@ class DeformableConv2d(nn.Conv2d):
         self.mask = nn.Conv2d(in_channels, 9, 3, stride=2, padding=1)
         for conv in (self.offset, self.mask):
             nn.init.zeros_(conv.weight)
-            nn.init.zeros_(conv.bias)
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]  # there is one
 
     def forward(self, input: Tensor) -> Tensor:
         return _deform_conv2d()(

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import norms
-from ..layers.blocks import BasicBlock, Bottleneck, NormLayer, _norm, shortcut
+from ..layers.blocks import BasicBlock, Bottleneck, _norm, shortcut
 from ..layers.convert import normalize
+from ..types import NormLayer
 
 __all__ = ["ResNet", "resnet18", "resnet45", "resnet50"]
 
@@ -16,14 +17,31 @@ __all__ = ["ResNet", "resnet18", "resnet45", "resnet50"]
 class ResNet(nn.Module):
     """A stem, stages of residual blocks called ``layer1`` on, and, if ``num_classes`` is not None, pooling and a head.
 
-    x (N, in_channels, H, W) becomes (N, num_classes), or without a head the last stage's feature map. The stem is a
-    7x7 convolution with stride 2 and a max pool with stride 2, or with ``small_stem`` a 3x3 convolution.
-    ``widths``, ``layers`` and ``strides`` give each stage's planes, number of blocks and first stride. ``block`` takes
-    the arguments of ``BasicBlock``; ``options`` are passed on to it.
+    x (N, in_channels, H, W) becomes (N, num_classes), or without a head the last stage's feature map.
+
+    Args:
+        block: ``BasicBlock``, ``Bottleneck``, or a class that takes the same arguments and has an ``expansion``.
+        layers, widths, strides: Each stage's number of blocks, planes and first stride.
+        in_channels: Channels of x.
+        num_classes: Of the head, a linear layer; None for no head.
+        stem_width: Channels of the stem.
+        small_stem: Whether that is a 3x3 convolution, in place of a 7x7 one and a max pool, both with stride 2.
+        norm_layer: What makes a norm from a number of channels.
+        **options: Passed on to ``block``.
+
+    Raises:
+        ValueError: Where ``layers``, ``widths`` and ``strides`` are not of one length. Otherwise torch's own errors.
+
+    Example:
+        >>> model = tn.models.ResNet(tn.models.BasicBlock, (1, 1), widths=(8, 16), strides=(1, 2), num_classes=10)
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+
+    He et al., "Deep Residual Learning for Image Recognition" (2016); keys are those of torchvision's.
     """
 
     def __init__(
-        self, block: type[nn.Module], layers: Sequence[int], *, in_channels: int = 3, num_classes: int | None = 1000,
+        self, block: type[Any], layers: Sequence[int], *, in_channels: int = 3, num_classes: int | None = 1000,
         stem_width: int = 64, small_stem: bool = False, widths: Sequence[int] = (64, 128, 256, 512),
         strides: Sequence[int] = (1, 2, 2, 2), norm_layer: NormLayer = norms.BatchNorm2d, **options: Any,
     ) -> None:  # fmt: skip
@@ -58,7 +76,16 @@ class ResNet(nn.Module):
 
 
 def resnet18(in_channels: int = 1, num_classes: int | None = 512, **options: Any) -> ResNet:
-    """ResNet-18 on one-channel images with a 512-d embedding; torchvision's is ``resnet18(3, 1000)``, key by key."""
+    """ResNet-18 on one-channel images with a 512-d embedding; torchvision's is ``resnet18(3, 1000)``, key by key.
+
+    Args:
+        in_channels, num_classes: Channels of x (N, in_channels, H, W), and the width of the result (N, num_classes).
+        **options: Further arguments of ``ResNet``, which says what is raised.
+
+    Example:
+        >>> tn.models.resnet18()(torch.randn(2, 1, 64, 64)).shape
+        torch.Size([2, 512])
+    """
     return ResNet(BasicBlock, (2, 2, 2, 2), in_channels=in_channels, num_classes=num_classes, **options)
 
 
@@ -66,6 +93,17 @@ def resnet45(in_channels: int = 3, num_classes: int | None = None, **options: An
     """The 45-layer network of scene text recognition: x (N, 3, H, W) becomes (N, 512, ceil(H / 4), ceil(W / 4)).
 
     A 3x3 stem of 32 channels, then 3, 4, 6, 6 and 3 blocks of a 1x1 and a 3x3 convolution.
+
+    Args:
+        in_channels, num_classes, **options: as of ``ResNet``, which says what is raised; without ``num_classes`` there
+            is no head.
+
+    Example:
+        >>> tn.models.resnet45()(torch.randn(1, 3, 32, 128)).shape
+        torch.Size([1, 512, 8, 32])
+
+    Fang et al., "Read Like Humans: Autonomous, Bidirectional and Iterative Language Modeling for Scene Text
+    Recognition" (2021).
     """
     settings = {
         "stem_width": 32, "small_stem": True, "widths": (32, 64, 128, 256, 512), "strides": (2, 1, 2, 1, 1),
@@ -77,5 +115,13 @@ def resnet45(in_channels: int = 3, num_classes: int | None = None, **options: An
 
 
 def resnet50(in_channels: int = 3, num_classes: int | None = 1000, **options: Any) -> ResNet:
-    """ResNet-50 with the stride in the 3x3 convolutions, as torchvision's, key by key."""
+    """ResNet-50 with the stride in the 3x3 convolutions, as torchvision's, key by key.
+
+    Args:
+        in_channels, num_classes, **options: as of ``ResNet``, which says what is raised.
+
+    Example:
+        >>> tn.models.resnet50(num_classes=10)(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+    """
     return ResNet(Bottleneck, (3, 4, 6, 3), in_channels=in_channels, num_classes=num_classes, **options)

@@ -4,10 +4,10 @@ Whatever else there is, gradients of gradients among it, goes by the operators o
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
-from torch.autograd.function import FunctionCtx
 
 from ..launching import bound
 from ..launching.backward import Backward, Saved
@@ -115,7 +115,7 @@ class _Normalize(torch.autograd.Function):
     """Statistics and bits stay with its context: nobody else has a use for them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, settled: tuple, *given: Tensor | None):
+    def forward(ctx: Any, settled: tuple, *given: Tensor | None):
         call, *running = settled
         if call.addend is None:
             o = (*given, *_NO_OPERANDS[len(given)], *running, None)
@@ -138,7 +138,7 @@ class _Normalize(torch.autograd.Function):
         return y, second
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None = None):
+    def backward(ctx: Any, dy: Tensor | None, dsecond: Tensor | None = None):
         call, statistics, bits = ctx.kept
         o, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
         o += _NOT_SAVED[len(o)]

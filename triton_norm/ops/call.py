@@ -6,6 +6,7 @@ All that a call costs the host beside allocating and launching is in ``normalize
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +26,12 @@ from . import backend, ranks, recovered, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
-Call = Callable[..., Result]
+Call = Callable[..., Any]
 
 #: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
 _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
 
-_calls: dict[tuple, Call] = Table()
+_calls = Table()
 
 
 def normalize(
@@ -163,7 +164,7 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
     if unpadded:
         own = own.but(padding=0, return_unpadded=False)
     if spec.process_group is not None:
-        call = partial(synchronized.by_kernels, own)
+        call: Call = partial(synchronized.by_kernels, own)
     else:
         # Meta tensors have no data to launch on, but the operators know their results.
         call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)

@@ -12,6 +12,8 @@ Backward, with g the gradient of x̂ = (x - μ) * rstd, the ranks add up two num
 Parameters' gradients stay each rank's own, as everywhere in torch. Ranks may have any number of samples, and none.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from ..spec import Operands, Spec
 from . import reference
 
 
-def gathered(t: Tensor, process_group: str) -> Tensor:
+def gathered(t: Tensor, process_group: Any) -> Tensor:
     """Every rank's t, one behind the other in the first dim."""
     collectives = torch.ops._c10d_functional
     ranks = torch.distributed.distributed_c10d._get_group_size_by_name(process_group)
@@ -71,7 +73,7 @@ def combined(spec: Spec, o: Operands, mean: Tensor, m2: Tensor) -> tuple[Tensor,
     m2 = (m2s + counts * (means - center).square()).sum(0)
     if o.count is not None:
         o.count.add_(1)
-    momentum = spec.momentum
+    momentum: Any = spec.momentum
     if momentum is None and o.count is not None:
         momentum = 1 / o.count.to(total)
     # One number, or none, has no variance to learn from.

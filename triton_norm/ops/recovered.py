@@ -4,9 +4,10 @@ As Rota Bulò et al. do it, "In-Place Activated BatchNorm for Memory-Optimized T
 whose x̂ is lost in y: that is refused here, not replaced.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..activations import ACTIVATIONS, Kept, Resolved, can_be_inverted, kept
@@ -34,8 +35,8 @@ def check(name: str, parameters: tuple[float, ...], pads: bool, adds: bool) -> N
     if not can_be_inverted(name, parameters):
         numbers = f" of {', '.join(map(str, parameters))}" if parameters else ""
         raise ValueError(
-            "memory_efficient needs an activation whose input can be told from its output: expected None, leaky_relu "
-            "of a positive slope, elu of a positive alpha or softplus of a threshold of 15 or more, but got "
+            "memory_efficient needs an activation whose input can be told from its output: expected None, or "
+            "leaky_relu, elu or softplus of a number from 0.001 to 1000 (and a threshold of 15 or more), but got "
             f"{name}{numbers}"
         )
     if pads or adds:
@@ -55,7 +56,7 @@ def check_weight(spec: Spec, weight: Tensor | None, bias: Tensor | None, x: Tens
         _refuse_lost(spec, weight, bias, dtype)
         return
     try:
-        versions = spec.activation, spec.parameters, dtype, first._version
+        versions: Any = spec.activation, spec.parameters, dtype, first._version
         if bias is not None:
             versions += id(bias), bias._version
     except RuntimeError:
@@ -78,8 +79,8 @@ def _refuse_lost(spec: Spec, weight: Tensor | None, bias: Tensor | None, dtype: 
 
 
 def _lost(spec: Spec, weight: Tensor | None, bias: Tensor | None, limits: Kept) -> Tensor:
-    factor = 1.0 if weight is None else (1 + weight if spec.unit_offset else weight)
-    needed = limits.floor if bias is None else bias.abs() * limits.limit + limits.floor
+    factor: Any = 1.0 if weight is None else (1 + weight if spec.unit_offset else weight)
+    needed: Any = limits.floor if bias is None else bias.abs() * limits.limit + limits.floor
     return abs(factor) < needed
 
 
@@ -96,10 +97,10 @@ def by_torch(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Ten
 
 class _KeepsOutput(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, spec: Spec, *operands: Tensor | None) -> Tensor:
+    def forward(ctx: Any, spec: Spec, *operands: Tensor | None) -> Tensor:
         o = Operands(*operands)
         rstd = reference.rstd(spec, o)
-        y = reference.call(spec, *o)
+        y: Any = reference.call(spec, *o)
         if y._is_view():
             # A Function's result that is a view may not be written to.
             y = y.new_empty(0).set_(y)
@@ -108,7 +109,7 @@ class _KeepsOutput(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor):
+    def backward(ctx: Any, dy: Tensor):
         refuse_more(dy)
         x, weight, bias = _gradients(ctx.spec, Operands(*ctx.saved_tensors), ctx.rstd, dy)
         return None, x, weight, bias, *(None,) * 6
@@ -136,7 +137,7 @@ def _gradients(spec: Spec, o: Operands, rstd: Tensor, dy: Tensor) -> list[Tensor
         z = reference.affine(normalized, 1 + w if spec.unit_offset and w is not None else w, b, spec.kind)
         return Resolved(spec.activation, spec.parameters)(z)
 
-    _, back = torch.func.vjp(rest, normalized, *there)
+    _, back = torch.func.vjp(rest, normalized, *there)  # type: ignore[misc]  # a third is there with has_aux
     d, *found = back(dy.to(dtype))
     found = iter(found)
     dx = reference.norm_backward(spec, d, normalized, rstd).to(y.dtype)

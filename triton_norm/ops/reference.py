@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,14 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
     """torch's own function of this kind, of x, weight, bias and running statistics alone."""
     x, weight, bias, kind = o.x, o.weight, o.bias, spec.kind
     if kind == "batch":
-        return F.batch_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
+        # Of (N, C), and of what lies like that, torch's gradient on the CPU reads past what is not dense.
+        weight, bias = _dense(weight), _dense(bias)
+        mean, var = _dense(o.running_mean), _dense(o.running_var)
+        y = F.batch_norm(x, mean, var, weight, bias, spec.use_stats, momentum, eps)
+        for running, dense in ((o.running_mean, mean), (o.running_var, var)):
+            if dense is not running:
+                running.copy_(dense)
+        return y
     if kind == "instance":
         return F.instance_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
     if kind == "group":
@@ -34,12 +42,16 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
     return y.contiguous() if x.is_contiguous() else y
 
 
+def _dense(p: Tensor | None) -> Tensor | None:
+    return p.contiguous() if isinstance(p, Tensor) else p
+
+
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
     """The whole call: ``normalize``, and the padding; computed in float32 where the result's dtype is not x's."""
     x, *rest, pre_residual = operands
     if pre_residual is not None:
         total = (x + pre_residual).to(x.dtype)
-        y = call(spec.but(return_sum=False), total, *rest, None)
+        y: Any = call(spec.but(return_sum=False), total, *rest, None)
         return (y, total) if spec.return_sum else y
     if spec.dtype is None:
         return padded(spec, normalize(spec, Operands(*operands)))
@@ -177,9 +189,8 @@ def formula(spec: Spec, o: Operands, activation: Activation | None = None) -> Te
     z = affine(z, 1 + weight if spec.unit_offset and weight is not None else weight, bias, kind)
     if residual is not None:
         z = z + residual.to(dtype)
-    if activation is None:
-        activation = Resolved(spec.activation, spec.parameters, slope)
-    return activation(z).to(spec.result(x))
+    apply = Resolved(spec.activation, spec.parameters, slope) if activation is None else activation
+    return apply(z).to(spec.result(x))
 
 
 def _deviations(spec: Spec, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,10 +6,10 @@ All of it are operators, since the ranks wait for each other longer than for the
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..launching.operands import per_element
 from ..spec import Operands, Spec
@@ -44,7 +44,7 @@ class _Synchronized(Function):
         return y, plain, bits
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, bias, residual, slope, mean, variance, n, spec, _ = inputs
         _, plain, bits = output
         ctx.has_plain = spec.return_unpadded and spec.padding != 0
@@ -55,7 +55,7 @@ class _Synchronized(Function):
         ctx.save_for_backward(*saved_of(spec, o, ctx.bits)[:INPUTS], mean, variance, n)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None, _: None):
+    def backward(ctx: Any, dy: Tensor | None, dsecond: Tensor | None, _: None):
         spec, wanted = ctx.spec, list(ctx.needs_input_grad[:INPUTS])
         found: Sequence[Tensor | None] = ()
         # Compiled, the gradient of an output that is not there comes as an empty tensor.
@@ -98,7 +98,7 @@ class _SynchronizedBackward(NormalizeBackward):
         return tuple([t for t in gradients if t is not None])
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         n, ctx.bits, ctx.spec, ctx.wanted = inputs[9:]
         ctx.formula = partial(ranks.formula, n)
         ctx.save_for_backward(*inputs[:9])

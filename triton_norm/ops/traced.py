@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from ..activations import ACTIVATIONS
 from ..launching.backward import Saved
@@ -43,7 +42,7 @@ def forward(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tens
     o = Operands(*operands)
     given = (o.running_mean, o.running_var) if not spec.use_stats else (None, None)
     running = (o.running_mean, o.running_var, o.count) if spec.use_stats else (None, None, None)
-    first = (o.x, o.weight, o.bias, o.residual, o.pre_residual)
+    first: Any = (o.x, o.weight, o.bias, o.residual, o.pre_residual)
     if is_compiling():
         first = _apart(*first)
     *first, addend = first
@@ -73,7 +72,7 @@ class Function(torch.autograd.Function):
     def apply(cls, *args: Any) -> Any:
         if is_compiling() or functorch_is_active():
             return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]  # it is there, in C
 
 
 class _Traced(Function):
@@ -88,7 +87,7 @@ class _Traced(Function):
         return y, second, statistics, bits
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         x, weight, bias, residual, slope, _, _, _, mean, variance, spec, _, addend = inputs
         y, second, statistics, bits = output
         ctx.has_second = has_second(spec)
@@ -103,7 +102,7 @@ class _Traced(Function):
         ctx.save_for_backward(*saved_of(spec, o, ctx.bits))
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor | None, dsecond: Tensor | None, *_: None):
+    def backward(ctx: Any, dy: Tensor | None, dsecond: Tensor | None, *_: None):
         if not ctx.has_second:
             # Compiled, the gradient of an output that is not there comes as an empty tensor.
             dsecond = None
@@ -117,7 +116,7 @@ class _Traced(Function):
         return *found, *(None,) * 7, daddend
 
 
-def spread(found: tuple, wanted: tuple[bool, ...] | list[bool]) -> list:
+def spread(found: Sequence, wanted: Sequence[bool]) -> list:
     """One entry per wanted flag from those found for the flags that are set."""
     remaining = iter(found)
     return [next(remaining) if want else None for want in wanted]
@@ -209,7 +208,8 @@ def _rebuilt(
         def activation(z: Tensor) -> Tensor:
             return z * side.to(z.dtype)
 
-    plain = formula(spec, Operands(*inputs, o.running_mean, o.running_var), activation)
+    operands: list[Any] = [*inputs, o.running_mean, o.running_var]
+    plain = formula(spec, Operands(*operands), activation)
     y = reference.pad(plain, spec.padding, spec.padding_mode) if spec.padding != 0 else plain
     return y, inputs[0] if spec.return_sum else plain
 
@@ -224,7 +224,8 @@ def _by_formula(spec: Spec, o: Operands, saved: Saved, wanted: Wanted) -> Sequen
         ends = zip(_rebuilt(reference.formula, spec, given, o, saved.bits), (saved.dy, saved.dsecond), strict=True)
         return tuple(end for end, d in ends if d is not None)
 
-    _, back = torch.func.vjp(results, *[t for t, want in zip(inputs, wanted, strict=True) if want])
+    varied = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    _, back = torch.func.vjp(results, *varied)  # type: ignore[misc]  # a third is there with has_aux
     return back(tuple(upstream))
 
 
@@ -239,14 +240,14 @@ class NormalizeBackward(Function):
         return tuple(library.backward(dy, dsecond, *operands, statistics, bits, spec.text(), list(wanted)))
 
     @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple, output: tuple) -> None:
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         ctx.formula = reference.formula
         ctx.bits, ctx.spec, ctx.wanted = inputs[10:]
         ctx.save_for_backward(*inputs[:9])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, *upstream: Tensor | None):
+    def backward(ctx: Any, *upstream: Tensor | None):
         spec = ctx.spec
         dy, dsecond, x, weight, bias, residual, slope, mean, variance = ctx.saved_tensors
         create_graph = torch.is_grad_enabled()

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ..types import TunerMode
 from . import failures, measure, settings, table
 from .candidates import candidates
 from .failures import Failed
@@ -31,6 +32,11 @@ from .settings import MODES, Block, Innermost, current_mode
 from .table import Entry, Table
 
 __all__ = ["clear", "export", "load", "mode", "path"]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
 
 #: Seconds of tuning after which the user is told what takes so long.
 LONG = 2.0
@@ -94,14 +100,24 @@ def _spender() -> "Block | _State":
 def _left() -> float:
     """Seconds that may still be spent on measuring."""
     block = settings.budgeted()
-    return (settings.budget() if block is None else block.budget) - _spender().spent
+    budget = None if block is None else block.budget
+    return (settings.budget() if budget is None else budget) - _spender().spent
 
 
 @contextmanager
-def mode(value: str | int, budget: float | None = None) -> Iterator[None]:
-    """Inside the block the mode is ``"0"``, ``"1"`` or ``"full"`` in this process, whatever the environment says.
+def mode(value: TunerMode, budget: float | None = None) -> Iterator[None]:
+    """Inside the block the mode is "0", "1" or "full" in this process, whatever ``TRITON_NORM_AUTOTUNE`` says.
 
-    With ``budget``, so many seconds (``math.inf``: as long as it takes) may be spent on measuring inside the block.
+    Args:
+        value: "0" for heuristic plans, "1" for the best few of a cost model, "full" for more of them; also 0 and 1.
+        budget: How many seconds may be spent on measuring inside the block (``math.inf``: as long as it takes); None
+            leaves the process's, ``TRITON_NORM_AUTOTUNE_BUDGET``.
+
+    Raises ``ValueError`` for any other mode.
+
+    Example:
+        >>> with tn.autotune.mode("0"):  # no plan is measured here
+        ...     y = tn.functional.instance_norm(torch.randn(1, 8, 16, 16))
     """
     with settings.blocks.within(Block(settings.checked(value, "mode"), budget)):
         forget()
@@ -134,8 +150,16 @@ def choosing(choose: Callable[[Problem], Plan | None]) -> Iterator[None]:
 
 
 def path() -> Path:
-    """The user's table. Raises OSError where there is no home directory."""
-    folder = os.environ.get("TRITON_NORM_CACHE_DIR")
+    """The file of the user's table: ``tuned.v1.json``, or of a later version.
+
+    It is in ``TRITON_NORM_CACHE_DIR`` if that is set, and else in ``triton_norm`` under ``XDG_CACHE_HOME`` or ~/.cache.
+    Raises ``OSError`` where there is no home directory.
+
+    Example:
+        >>> tn.autotune.path().suffix
+        '.json'
+    """
+    folder: str | Path | None = os.environ.get("TRITON_NORM_CACHE_DIR")
     if not folder:
         cache = os.environ.get("XDG_CACHE_HOME", "")
         try:
@@ -319,20 +343,12 @@ def _load_shipped() -> None:
             _warn(str(file), f"triton_norm ignores its table {file}: {error}")
 
 
-def _signature(file: Path) -> tuple | None:
-    try:
-        status = file.stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
 def _refresh() -> None:
     """Takes in what other processes have tuned since the user's file was last read."""
     try:
         file = path()
         _state.failed |= failures.read(file.parent)
-        signature = _signature(file)
+        signature = table.signature(file)
         if signature is None or signature == _state.signature:
             return
         try:
@@ -352,7 +368,7 @@ def _save(fresh: Table) -> None:
         file = path()
         found, reason = table.update(file, fresh)
         table.merge(_state.known, found)
-        _state.signature = _signature(file)
+        _state.signature = table.signature(file)
     except OSError as error:
         _keep_in_memory(error)
         return
@@ -368,7 +384,12 @@ def _keep_in_memory(error: OSError) -> None:
 def clear() -> None:
     """Forgets all that was tuned or loaded, in this process and in the user's table; shapes are tuned anew.
 
-    Tables that ship with the package stay. Raises OSError where the user's table cannot be removed.
+    Tables that ship with the package stay. Raises ``OSError`` where the user's table cannot be removed.
+
+    Example:
+        >>> tn.autotune.clear()
+        >>> tn.autotune.path().exists()
+        False
     """
     global _state
     with _lock:
@@ -394,14 +415,28 @@ def tuned() -> Table:
 
 
 def export(path: str | os.PathLike, target: str | None = None) -> None:
-    """Writes all tuned plans, or those of one target, as a table that ``load`` takes."""
+    """Writes all tuned plans as a table that ``load`` takes: for other machines with the same GPU and Triton.
+
+    Args:
+        path: The file. What is there is replaced at once, or not at all.
+        target: Only the plans of this one, as ``python -m triton_norm info`` names them: a GPU and a release of Triton.
+
+    Raises ``OSError`` where the file cannot be written.
+
+    Example:
+        >>> tn.autotune.export("plans.json")
+        >>> tn.autotune.load("plans.json")
+    """
     table.write(Path(path), {name: plans for name, plans in tuned().items() if target in (None, name)})
 
 
 def load(path: str | os.PathLike) -> None:
     """Uses the plans of an exported table in this process, before those that were tuned here.
 
-    Raises OSError, or ValueError for a file that is not such a table.
+    ``path`` is a file that ``export`` wrote. Raises ``OSError`` where it cannot be read, and ``ValueError`` for what is
+    not such a table; nothing of it is used then.
+
+    An example is in ``export``.
     """
     try:
         found = table.loads(Path(path).read_text(encoding="utf-8"))

@@ -129,12 +129,12 @@ def candidates(work: Work, most: int) -> list[Plan]:
     ``HOPELESS`` times as long as the best.
     """
     chosen = work.heuristic()
-    plans = (*_persistent(work, chosen), *_clusters(work), *_split(work))
-    plans = {p for p in plans if _registers_suffice(work, p)}
-    costs = {p: cost(work, p) for p in plans | {chosen}}
+    made = (*_persistent(work, chosen), *_clusters(work), *_split(work))
+    suitable = {p for p in made if _registers_suffice(work, p)}
+    costs = {p: cost(work, p) for p in suitable | {chosen}}
     best = min(costs.values())
     # The order must not depend on hashes. Warps near the heuristic ones come first among plans of one tile.
-    plans = sorted(plans - {chosen}, key=lambda p: (abs(p.warps - chosen.warps), str(p)))
+    plans = sorted(suitable - {chosen}, key=lambda p: (abs(p.warps - chosen.warps), str(p)))
     tiles: Counter[tuple] = Counter([_tile(chosen)])
     ranks = {}
     for p in plans:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class Layout(NamedTuple):
         return None if t is None else Layout(tuple(t.shape), t.stride(), t.dtype)
 
 
-def on(device: int | None) -> AbstractContextManager:
+def on(device: int | str | None) -> AbstractContextManager:
     """The GPU of that number as the current one; nothing for the CPU."""
     return nullcontext() if device is None else torch.cuda.device(device)
 
@@ -105,7 +105,7 @@ class Trial:
         self._problem = problem
         self._expected: list[Tensor | None] | None = None
         with on(problem.device), torch.no_grad():
-            self._bind = problem.scratch(problem)
+            self._bind: Any = problem.scratch(problem)
 
     def __call__(self, plan: Plan) -> float:
         problem = self._problem
@@ -122,7 +122,7 @@ class Trial:
             return seconds(call)
 
 
-def results(call: Callable[[], Sequence[Tensor | None]]) -> list[Tensor | None]:
+def results(call: Callable[[], Any]) -> list[Tensor | None]:
     """What a call gives and updates, NaN wherever it writes nothing."""
     with _Poison():
         return [t if t is None else t.clone() for t in call()]
@@ -141,7 +141,7 @@ class _Poison(TorchDispatchMode):
 def compare(found: Sequence[Tensor | None], expected: Sequence[Tensor | None]) -> str | None:
     """What differs by more than the dtypes allow, in words, or None."""
     for number, (got, want) in enumerate(zip(found, expected, strict=True)):
-        if want is None:
+        if got is None or want is None:
             continue
         got, want = _flat(got), _flat(want)
         wrong = sum(map(_wrong, got.split(CHUNK), want.split(CHUNK), [_allowed(want)] * -(-len(want) // CHUNK)))
@@ -174,7 +174,7 @@ def _wide(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
 
 
-def answers(device: int | None) -> bool:
+def answers(device: int | str | None) -> bool:
     """Whether the GPU still works: after some errors every call fails, whatever it runs."""
     try:
         if device is not None:

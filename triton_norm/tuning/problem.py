@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .candidates import Work
 from .plan import Plan
@@ -24,7 +24,8 @@ class Problem:
 
     work: Work
     key: str
-    target: str | None
+    #: A str or None.
+    target: Any
     #: The GPU's number, None for the CPU, or ``measure.META``.
     device: int | str | None
     walked: Walked = field(compare=False)

@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from .plan import Plan
 
 try:
     import fcntl
 except ModuleNotFoundError:  # Windows: the last of two writers at the same instant wins there
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 #: To be raised whenever an entry's meaning, or the kernels behind the plans, change enough to void what was measured.
 VERSION = 1
@@ -82,14 +83,23 @@ def loads(text: str) -> Table:
         raise ValueError(f"not a table of tuned plans ({error!r})") from None
 
 
-def _entry(plan: dict, us: float, heuristic_us: float | None, measured: int, full: bool) -> Entry:
-    plan = Plan(**plan)
-    if not all(type(value) is int for name, value in vars(plan).items() if name != "regime"):
-        raise TypeError(f"expected integers in {plan}")
+def _entry(plan: Any, us: float, heuristic_us: float | None, measured: int, full: bool) -> Entry:
+    made = Plan(**plan)
+    if not all(type(value) is int for name, value in vars(made).items() if name != "regime"):
+        raise TypeError(f"expected integers in {made}")
     times = float(us), None if heuristic_us is None else float(heuristic_us)
     if not all(time is None or math.isfinite(time) for time in times):
         raise ValueError(f"expected times, but got {us} and {heuristic_us}")
-    return Entry(plan, *times, int(measured), bool(full))
+    return Entry(made, *times, int(measured), bool(full))
+
+
+def signature(file: Path) -> tuple | None:
+    """What changes with the file; None where there is none."""
+    try:
+        status = file.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def text(path: Path) -> str:
