@@ -45,7 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
 SLOW = {
     "test_any_call.py", "test_bench_offline.py", "test_bench_roofline.py", "test_bound.py", "test_check.py",
     "test_cli.py", "test_networks.py", "test_notebooks.py", "test_offline_compile.py", "test_operations.py",
-    "test_parallel.py", "test_sync.py", "test_traffic.py", "test_training.py", "test_tune_cli.py",
+    "test_parallel.py", "test_sync.py", "test_traffic.py", "test_training.py", "test_tune_cli.py", "test_types.py",
 }  # fmt: skip
 #: How many cases of any other test, on each backend, are fast.
 FAST_CASES = 1

@@ -33,6 +33,14 @@ ROWS = [(8192, 96), (4096, 768), (2048, 4096), (1024, 8192), (64, 65536)]
 SUMS = [(4096, 768), (2048, 4096), (1024, 8192)]
 MODULATED = [(16, 256, 1152), (2, 4096, 3072), (2, 1024, 8192)]
 POSITIONS = [(8, 96, 56, 56), (4, 768, 8, 8)]
+#: Of norms that keep their output alone: kind, shape, layout, width and affine.
+KEPT = [
+    ("instance", (4, 64, 64, 64), "NCHW", 0, "channel"), ("batch", (32, 256, 56, 56), "channels_last", 0, "channel"),
+    ("instance", (1, 64, 256, 256), "NCHW", 0, "channel"), ("group", (8, 1280, 16, 16), "channels_last", 40, "channel"),
+    ("layer", (1024, 8192), "", 8192, "column"), ("channels", (8, 96, 56, 56), "NCHW", 0, "channel"),
+]  # fmt: skip
+#: What activations take.
+NUMBERS = {"leaky_relu": (0.01,), "elu": (1.0,)}
 #: With a weight and a bias per element, or per sample and channel.
 WIDE = [(1, 64, 128, 128), (2, 256, 32, 32)]
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -47,6 +55,7 @@ RELEASE = ".".join(triton.__version__.split(".")[:2])
 def compile_case(
     target: str, kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
     width: int = 0, affine: str = "channel", activation: str = "relu", added: bool = False,
+    memory_efficient: bool = False,
 ) -> list[dict]:  # fmt: skip
     x = torch.empty(shape, dtype=dtype, device="meta")
     if len(shape) == 4:
@@ -64,15 +73,17 @@ def compile_case(
     argument = {"group": shape[1] // (width or 1), "channels": shape[1:2]}.get(kind, (width,) if width else None)
     modulated = affine in ("columns", "element") and width > 0
     spec = Spec(
-        kind, argument, True, 0.1, 1e-5, activation, padding=padding, unit_offset=modulated, return_sum=added
+        kind, argument, True, 0.1, 1e-5, activation, NUMBERS.get(activation, ()), padding=padding,
+        unit_offset=modulated, return_sum=added, memory_efficient=memory_efficient,
     )  # fmt: skip
     keep_bits = (residual or affine == "element") and activation == "relu"
     with compiling(target) as reports:
         y, statistics, bits, total = bound.forward(
             spec, Operands(x, weight, bias, extra, None, running, running, count, addend), keep_bits
         )
+        kept = y if memory_efficient else x
         bound.backward(
-            spec, Operands(x, weight, bias, extra if bits is None else None), Saved(y, total, statistics, bits),
+            spec, Operands(kept, weight, bias, extra if bits is None else None), Saved(y, total, statistics, bits),
             (True, True, bias is not None, residual, False),
         )  # fmt: skip
     case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}
@@ -80,13 +91,13 @@ def compile_case(
     case["case"] = " ".join(filter(None, (
         kind, "x".join(map(str, shape)), layout, str(dtype).removeprefix("torch."), residual and "residual",
         padding and f"padding={padding}", width and f"width={width}", affine != "channel" and affine,
-        activation != "relu" and activation, added and "added",
+        activation != "relu" and activation, added and "added", memory_efficient and "memory_efficient",
     )))  # fmt: skip
-    kept = ("kernel", "warps", *FIGURES, "loads", "stores")
+    told = ("kernel", "warps", *FIGURES, "loads", "stores")
     rows, launches = [], Counter()
     for report in reports:
         launches[report.kernel] += 1
-        row = {**case, **{field: getattr(report, field) for field in kept}, "launch": launches[report.kernel]}
+        row = {**case, **{field: getattr(report, field) for field in told}, "launch": launches[report.kernel]}
         rows.append(row | {"rows": getattr(report.arguments.get("BLOCK"), "R", None)})
     return rows
 
@@ -126,6 +137,10 @@ def cases() -> Iterator[tuple]:
         for dtype, residual in both(index // 2):
             yield ("instance", "batch")[index // 2 % 2], shape, layout, dtype, residual, 0, 0, "element"
         yield "batch", shape, layout, torch.float16, index % 4 == 0, 0, 0, "sample"
+    for index, (kind, shape, layout, width, affine) in enumerate(KEPT):
+        activation = ("leaky_relu", "elu")[index % 2]
+        dtype = (torch.float16, torch.float32)[index == 1]
+        yield kind, shape, layout, dtype, False, 0, width, affine, activation, False, True
 
 
 def recorded(release: str) -> dict[tuple[str, str], tuple[int, ...]]:

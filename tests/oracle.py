@@ -199,7 +199,7 @@ def expected(a: Arguments) -> tuple[Result, Tensor]:
     else:
         y = z
     out = a.out or a.x.dtype
-    margin = 2 * TOLERANCES[out][0]
+    margin = 2 * max(TOLERANCES[out][0], TOLERANCES[a.x.dtype][0])
     smooth = torch.stack([(z.detach() - kink).abs() > margin for kink in _KINKS]).all(0).double()
     y, smooth = (pad(t, a.padding, a.padding_mode) for t in (y, smooth))
     dy = (torch.randn(y.shape, generator=torch.Generator().manual_seed(1)) * smooth).to(out)

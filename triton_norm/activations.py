@@ -39,6 +39,11 @@ def _on_off(*_: float) -> tuple[float, float]:
     return 1.0, 0.0
 
 
+def _is_moderate(number: float) -> bool:
+    """Whether a product with it keeps its digits, also in float16."""
+    return 1e-3 <= number <= 1e3
+
+
 def _leaky_relu_inverse(y: Tensor, slope: float, _: float | None, least: float) -> Tensor:
     return torch.where(y > 0, y, y / slope)
 
@@ -72,7 +77,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.LeakyReLU,
         parameters=(("negative_slope", 0.01),),
         levels=lambda slope: (1.0, slope),
-        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, lambda slope: slope > 0),
+        inverse=(device.leaky_relu_inverse, _leaky_relu_inverse, _is_moderate),
     ),
     "elu": Activation(
         device.elu,
@@ -80,7 +85,7 @@ ACTIVATIONS: dict[str, Activation] = {
         F.elu,
         nn.ELU,
         parameters=(("alpha", 1.0),),
-        inverse=(device.elu_inverse, _elu_inverse, lambda alpha: alpha > 0),
+        inverse=(device.elu_inverse, _elu_inverse, _is_moderate),
     ),
     "celu": Activation(device.celu, device.celu_derivative, F.celu, nn.CELU, parameters=(("alpha", 1.0),)),
     "selu": Activation(device.selu, device.selu_derivative, F.selu, nn.SELU),
@@ -101,7 +106,7 @@ ACTIVATIONS: dict[str, Activation] = {
         nn.Softplus,
         parameters=(("beta", 1.0), ("threshold", 20.0)),
         # Where it jumps to the straight line it must not jump over what a float32 tells apart.
-        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, threshold: beta > 0 and threshold >= 15),
+        inverse=(device.softplus_inverse, _softplus_inverse, lambda beta, line: _is_moderate(beta) and line >= 15),
     ),
     "sigmoid": Activation(device.sigmoid, device.sigmoid_derivative, torch.sigmoid, nn.Sigmoid),
     "logsigmoid": Activation(device.logsigmoid, device.logsigmoid_derivative, F.logsigmoid, nn.LogSigmoid),

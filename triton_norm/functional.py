@@ -97,9 +97,9 @@ def batch_norm(
             what they are gradients of.
         memory_efficient: Whether the backward pass starts from the result, so that the input is not kept for it: z, the
             activation's input, is its inverse of the result, and the normalized input (z - ``bias``) / ``weight``.
-            Without activation or with ``leaky_relu`` of a positive slope, ``elu`` or ``softplus``, and without residual
-            and padding. Gradients then also have the rounding of the result: in float16 and bfloat16 some 10 times that
-            of ``input``. Where a result has another dtype than the input, the input is kept. They are not
+            Without activation or with ``leaky_relu``, ``elu`` or ``softplus`` (numbers from 0.001 to 1000), and without
+            residual and padding. Gradients then also have the rounding of the result: in float16 and bfloat16 some 10
+            times that of ``input``. Where a result has another dtype than the input, the input is kept. They are not
             differentiated again; nor is a weight taken below the square root of the dtype's rounding times its bias:
             that is a ``RuntimeError``, on a GPU from the device. As Rota Bulò et al., "In-Place Activated BatchNorm for
             Memory-Optimized Training of DNNs" (2018).

@@ -277,3 +277,17 @@ def test_dims_of_size_1_with_strides_of_their_own(backend, kind, shape):
         got = actual(a, _in(of_dy, dy))
         assert_close(got.y, want.y, torch.float32)
         assert_close(got.gradients["x"], want.gradients["x"], torch.float32)
+
+
+@pytest.mark.parametrize("use_stats", [True, False], ids=["batch", "running"])
+@pytest.mark.parametrize("shape", [(6, 2), (6, 2, 1), (5, 3, 2)], ids=str)
+def test_strided_parameters_and_statistics_of_vectors(backend, shape, use_stats):
+    """Where torch's own batch norm on the CPU reads past what is not dense."""
+    a = arguments("batch", shape, statistics=True, use_stats=use_stats, device=backend.device)
+    a.weight, a.bias, a.running_mean, a.running_var = map(strided, (a.weight, a.bias, a.running_mean, a.running_var))
+    check(a)
+    mean, var = (strided(t) for t in (a.running_mean, a.running_var))
+    call(a, a.x, mean, var, weight=a.weight, bias=a.bias)
+    want, _ = expected(a)
+    assert_close(mean, want.running_mean, torch.float32)
+    assert_close(var, want.running_var, torch.float32)

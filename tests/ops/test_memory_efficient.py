@@ -114,7 +114,6 @@ def test_long_rows(backend):
     check(made("layer", backend, shape=(3, 40_000), activation="leaky_relu"))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("activation", ACTIVATIONS, ids=IDS)
 def test_the_input_is_not_kept(backend, activation):
     for memory_efficient in (True, False):

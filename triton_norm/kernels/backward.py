@@ -241,13 +241,20 @@ def persistent_backward(
     if NORM.AFFINE == COLUMN:
         a = sample_of(tl.program_id(0), sizes)
         k, s = columns(0, S, BLOCK.K, BLOCK.S)
-        w = load_columns(weight, a, k, s, sizes, 1.0, ACC)
+        # Where x̂ is recovered by them, both are needed at more places than there are registers for.
+        RELOADED: tl.constexpr = LONG and INVERSE is not None
+        if not RELOADED:
+            weight_columns = load_columns(weight, a, k, s, sizes, 1.0, ACC)
         if not LONG:
             bias_columns = load_columns(bias, a, k, s, sizes, 0.0, ACC)
         sum_dzx = zeros(BLOCK, ACC)
         sum_dz = zeros(BLOCK, ACC)
         first, last = walked(tl.program_id(0), a, blocks, steps, sizes)
         for block in range(first, last):
+            if RELOADED:
+                w = load_columns(weight, a, k, s, sizes, 1.0, ACC)
+            else:
+                w = weight_columns
             if LONG:
                 b = load_columns(bias, a, k, s, sizes, 0.0, ACC)
             else:

@@ -35,8 +35,8 @@ def check(name: str, parameters: tuple[float, ...], pads: bool, adds: bool) -> N
     if not can_be_inverted(name, parameters):
         numbers = f" of {', '.join(map(str, parameters))}" if parameters else ""
         raise ValueError(
-            "memory_efficient needs an activation whose input can be told from its output: expected None, leaky_relu "
-            "of a positive slope, elu of a positive alpha or softplus of a threshold of 15 or more, but got "
+            "memory_efficient needs an activation whose input can be told from its output: expected None, or "
+            "leaky_relu, elu or softplus of a number from 0.001 to 1000 (and a threshold of 15 or more), but got "
             f"{name}{numbers}"
         )
     if pads or adds:

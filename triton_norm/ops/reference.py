@@ -22,7 +22,14 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
     """torch's own function of this kind, of x, weight, bias and running statistics alone."""
     x, weight, bias, kind = o.x, o.weight, o.bias, spec.kind
     if kind == "batch":
-        return F.batch_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
+        # Of (N, C), and of what lies like that, torch's gradient on the CPU reads past what is not dense.
+        weight, bias = _dense(weight), _dense(bias)
+        mean, var = _dense(o.running_mean), _dense(o.running_var)
+        y = F.batch_norm(x, mean, var, weight, bias, spec.use_stats, momentum, eps)
+        for running, dense in ((o.running_mean, mean), (o.running_var, var)):
+            if dense is not running:
+                running.copy_(dense)
+        return y
     if kind == "instance":
         return F.instance_norm(x, o.running_mean, o.running_var, weight, bias, spec.use_stats, momentum, eps)
     if kind == "group":
@@ -33,6 +40,10 @@ def norm(spec: Spec, o: Operands, eps: float | None, momentum: float) -> Tensor:
         return F.rms_norm(x, spec.argument, weight, eps)
     y = F.layer_norm(x.movedim(1, -1), spec.argument, weight, bias, eps).movedim(-1, 1)
     return y.contiguous() if x.is_contiguous() else y
+
+
+def _dense(p: Tensor | None) -> Tensor | None:
+    return p.contiguous() if isinstance(p, Tensor) else p
 
 
 def call(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
