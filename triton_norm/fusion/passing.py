@@ -46,7 +46,8 @@ def passed_on(forward: Any) -> Counter[str]:
     except (OSError, TypeError, SyntaxError):
         return Counter()
     given = {id(value) for node in ast.walk(function) for value in _arguments(node)}
-    uses, others = Counter(), set()
+    uses: Counter[str] = Counter()
+    others: set[str] = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Name):
             if id(node) in given:
