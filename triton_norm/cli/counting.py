@@ -86,7 +86,7 @@ def counting() -> Iterator[Count]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts dispatched operators that touch elements; views and allocations do not.
+    """Counts dispatched operators that touch elements; views and allocations do not, nor do those of empty tensors.
 
     Each of an operator's tensors counts once, read or written, so the bytes are the fewest that it can move.
     """
@@ -100,8 +100,9 @@ class Operators(TorchDispatchMode):
         # The operators of this package are counted by the kernels that they launch.
         own = func.namespace.startswith("triton_norm")
         free = func.is_view or "empty" in func.__name__ or func is torch.ops.aten.detach.default
-        if not (own or free):
-            self.launches.append(Launch(f"aten.{func.__name__}", _bytes((args, kwargs)), _bytes(result)))
+        launch = Launch(f"aten.{func.__name__}", _bytes((args, kwargs)), _bytes(result))
+        if not (own or free) and launch.bytes:
+            self.launches.append(launch)
         return result
 
 

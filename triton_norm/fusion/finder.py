@@ -361,10 +361,13 @@ class Finder:
         return None
 
     def _is_within(self, norm: Node, add: Node) -> bool:
-        """Whether the forward that adds also normalizes, by itself or by a layer that is nothing else."""
+        """Whether the forward that adds also normalizes, by itself or by a layer of its own that is nothing else."""
         outer, inner = (node.meta.get("scope") for node in (add, norm))
-        is_layer = inner and inner.startswith(outer) and not any(self.modules[inner].children())
-        return inner == outer or bool(is_layer)
+        if inner and inner != outer and not any(self.modules[inner].children()):
+            inner = inner.rpartition(".")[0]
+            while isinstance(self.modules[inner], (nn.ModuleList, nn.ModuleDict)):
+                inner = inner.rpartition(".")[0]
+        return inner == outer
 
     def _rows(self, norm: Norm) -> tuple[int, ...] | None:
         """The dims that a norm of rows is over."""
