@@ -1,9 +1,10 @@
 """What a type checker makes of the public names, where there is one: the extra ``types``, which ``test`` has too."""
 
+import inspect
 import re
 import runpy
 from pathlib import Path
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 from torch import nn
@@ -47,6 +48,15 @@ def test_the_script_runs(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
     runpy.run_path(str(SCRIPT))
     assert "torch.Size([1, 3, 16, 16])" in capsys.readouterr().out
+
+
+def test_annotations_are_there_at_run_time():
+    """For those who read them: pages, and frameworks that check arguments."""
+    functions = [getattr(tn.functional, name) for name in tn.functional.__all__]
+    modules = [what for name in tn.__all__ if isinstance(what := getattr(tn, name), type)]
+    methods = [method for cls in modules for method in (cls.__init__, cls.forward)]
+    for function in (*functions, *methods, tn.fuse, tn.autotune.mode):
+        assert get_type_hints(function).keys() >= set(inspect.signature(function).parameters) - {"self"}
 
 
 def test_names_are_all_there_are():

@@ -23,6 +23,8 @@ class Network(NamedTuple):
     #: How many of these ``fuse`` leaves, and how many operations a captured graph shows: by default as many.
     stay: int = 0
     captured: int | None = None
+    #: Whether its forwards are called in ways that ``fuse`` knows.
+    is_known: bool = True
 
 
 def image(*shape: int) -> Tensor:
@@ -170,7 +172,7 @@ NETWORKS = {
     "MONAI BasicUNet": Network("monai", basic_unet, GREY, 18),
     # Sums at the ends of blocks, and their norms at the beginnings of the next: what is a forward's own is fused.
     "timm vit_tiny": Network("timm", vit, {"x": image(2, 3, 32, 32)}, 6, stay=3),
-    "HF GPT-2": Network("transformers", gpt2, TOKENS, 2, logits, captured=4),
+    "HF GPT-2": Network("transformers", gpt2, TOKENS, 2, logits, captured=4, is_known=False),
     # Its own norm computes in float32, whatever the input.
     "HF Llama": Network("transformers", llama, TOKENS, 2, logits, 1e-4, captured=4),
     # Whose blocks ask for what torch.fx cannot know.

@@ -453,6 +453,60 @@ def test_arguments_of_compiled_functions_that_take_numbers():
     assert tn.fuse_report(fused).fused == {"norm": "BatchNorm2d + relu"}
 
 
+class Attention(nn.Module):
+    """What torch.fx cannot follow, given what only it looks at."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x, mask=None, cache=None, scales=None, use_cache=False):
+        if cache is not None:
+            cache.append(x.sum().item())
+        for scale in scales or ():
+            x = x * scale
+        return (self.linear(x) if mask is None else self.linear(x) * mask), use_cache
+
+
+class Passes(nn.Module):
+    """A decoder's layer: most of its arguments are its attention's."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.norm, self.mlp = Attention(), nn.RMSNorm(6), nn.Linear(6, 6)
+
+    def forward(self, x, mask=None, cache=None, scales=None, use_cache=False, shift=None):
+        y, _ = self.attention(x, mask=mask, cache=cache, scales=scales, use_cache=use_cache)
+        x = x + y
+        if shift is not None:
+            x = x * shift
+        return x + self.mlp(self.norm(x))
+
+
+PASSED = {
+    "nothing": {},
+    "a tensor": {"mask": normal(3, 6)},
+    "an object": {"cache": [1.0]},
+    "a tuple": {"scales": (2.0, normal(6)), "mask": normal(6)},
+    "a flag": {"use_cache": True, "cache": []},
+    "what is looked at": {"shift": normal(6), "cache": []},
+}
+
+
+@pytest.mark.parametrize("name", PASSED)
+def test_arguments_that_are_only_passed_on(name):
+    """They may be anything, as caches and masks are."""
+    model = twins.randomize(Passes())
+    fused, x, kinds = tn.fuse(model), normal(2, 3, 6), []
+    report = tn.fuse_report(fused)
+    assert report.fused["norm"].startswith("add + RMSNorm")
+    fused.norm.register_forward_pre_hook(lambda m, args, said: kinds.append(sorted(said)), with_kwargs=True)
+    given = [copy.deepcopy(PASSED[name]) for _ in range(2)]
+    torch.testing.assert_close(fused(x, **given[0]), model(x, **given[1]))
+    assert given[0].get("cache") == given[1].get("cache")
+    assert ("pre_residual" in kinds[0]) == (name != "what is looked at")
+
+
 def test_questions_about_what_was_computed():
     """Of these a trace knows nothing: the inner forward is called as it is, and what is around it is fused."""
     class Inner(nn.Module):

@@ -18,6 +18,7 @@ import twins
 from torch import nn
 
 import triton_norm as tn
+from triton_norm.fusion import trace
 from triton_norm.fusion.backend import backend
 
 
@@ -60,6 +61,18 @@ def check(network, ours, call, reference):
         torch.testing.assert_close(value, want, **tolerance)
 
 
+def originals_of(fused, network):
+    """The paths of modules whose forward is fused, and whose original forward ran all the same."""
+    found = []
+    for path, module in fused.named_modules():
+        if isinstance(module, trace.Rewritten) and "original" in (names := type(module).forward.__globals__):
+            names["original"] = lambda *args, path=path, original=names["original"], **kwargs: (
+                found.append(path) or original(*args, **kwargs)
+            )
+    fused(**network.inputs)
+    return found
+
+
 @every_network
 def test_fuse(network):
     model = twins.randomize(network.make())
@@ -69,6 +82,7 @@ def test_fuse(network):
     assert time.process_time() - began < 5
     assert isinstance(fused, type(model))
     check(network, fused, fused, reference)
+    assert (originals_of(fused, network) == []) == network.is_known
     report = tn.fuse_report(fused)
     assert report.operations == network.operations
     assert report.remaining == network.stay
@@ -83,6 +97,8 @@ def test_the_page():
     ], strict=True))  # fmt: skip
     said = f"sees {captured} operations around their norms and fuses all, `fuse` sees {seen} and leaves the {stay}"
     assert said in " ".join(page.split())
+    (unknown,) = (n for n in networks.NETWORKS.values() if not n.is_known)
+    assert f"and the {unknown.operations} of GPT-2" in " ".join(page.split())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnx") is None, reason="needs onnx, of the extra networks")

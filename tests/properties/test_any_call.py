@@ -85,7 +85,7 @@ def calls(draw, device: str) -> Arguments:
         sides = [draw(st.integers(0, min(size - 1, 2))) for size in reversed(spatial) for _ in range(2)]
         more["padding"] = draw(st.sampled_from([tuple(sides), min(sides)]))
         more["padding_mode"] = draw(st.sampled_from(["reflect", "replicate", "circular", "zeros"]))
-    channels = shape[1] if dims > 1 else shape[0]
+    channels = shape[1] if dims > 1 else 1
     a = arguments(
         kind, shape, dtype, device, affine, residual=draw(st.booleans()), seed=draw(st.integers(0, 2**16)),
         residual_dtype=draw(st.sampled_from([dtype, out or dtype])), out=out,

@@ -109,6 +109,8 @@ class Case:
     affine: str = "channel"
     #: Whether something is added before the norm, and the sum wanted.
     added: bool = False
+    #: Whether the backward pass starts from the output.
+    memory_efficient: bool = False
     #: Of batch and instance norm: whether it keeps running statistics, and whether it uses them.
     tracks: bool = False
     evaluates: bool = False
@@ -119,7 +121,7 @@ class Case:
             self.kind, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch."), self.layout, self.regime,
             self.activation or "no activation", "residual" * self.residual,
             f"{self.padding_mode} padding" * bool(self.padding), f"weights per {self.affine}",
-            "of a sum" * self.added,
+            "of a sum" * self.added, "memory_efficient" * self.memory_efficient,
             "running statistics" * self.tracks, "evaluation" * self.evaluates,
         ]  # fmt: skip
         return " ".join(filter(None, words))
@@ -194,6 +196,13 @@ def cases(on_gpu: bool, quick: bool, clusters: bool = False) -> Iterator[Case]:
                 activation, residual = activations[index], index == 1
                 yield Case(f"{kind} norm of a sum", kind, (2, *ROW_SHAPE), dtype, "contiguous", regime, activation,
                     residual, affine=affine, added=True)  # fmt: skip
+    for (index, kind), regime in product(enumerate(KINDS), ("persistent", "split")):
+        shape = ROW_SHAPE if kind in ROWS else POSITIONS if kind == "channels" else PLANES
+        # In half the output's rounding would be in the gradients.
+        for dtype in dtypes[:1] if quick else (torch.float32, torch.float64):
+            activation = (None, "leaky_relu", "elu", "softplus")[(index + (regime == "split")) % 4]
+            yield Case(f"{kind} norm, memory_efficient", kind, shape, dtype, regime=regime, activation=activation,
+                memory_efficient=True)  # fmt: skip
     for kind in ("batch", "instance"):
         for dtype in dtypes:
             for layout in LAYOUTS:
@@ -255,7 +264,7 @@ def _operands(case: Case) -> _Operands:
 
 
 def _call(case: Case, o: _Operands, activation: object, padding: int) -> Result:
-    more = {"residual": o.residual, "activation": activation}
+    more = {"residual": o.residual, "activation": activation, "memory_efficient": case.memory_efficient}
     if case.kind in ROWS:
         more |= {"pre_residual": o.pre_residual, "return_sum": True} if case.added else {}
         affine = (o.weight,) if case.kind == "rms" else (o.weight, o.bias)
@@ -312,6 +321,7 @@ def _mapped(o: _Operands, change: Callable[[Tensor], Tensor]) -> _Operands:
 
 def _expected(case: Case, o: _Operands) -> tuple[dict[str, Tensor], Tensor]:
     """The same in float64 by plain PyTorch, of contiguous tensors; and the gradient that is sent in."""
+    case = replace(case, memory_efficient=False)
     with _backend("torch"):
         o = _mapped(o, lambda t: t.double())
         z = _call(case, _mapped(o, torch.clone), None, 0)

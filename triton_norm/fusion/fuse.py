@@ -1,6 +1,7 @@
 """``fuse``: the norms of a model that exists, with what follows them, replaced by this package's."""
 
 import copy
+from inspect import Parameter
 from types import MethodType
 from typing import TypeVar
 
@@ -43,9 +44,10 @@ def fuse(model: T, inference: bool = False, *, inplace: bool = False) -> T:
     added as they were.
 
     A forward is replaced for the calls that were traced: with the defaults of its optional arguments, with tensors
-    where these are None, with None for arguments that may be missing, in training and in evaluation, and for what it
-    asks about its arguments' shapes. Any other call runs the forward as it was written. Norms of other packages that
-    compute what one of ours does (timm's ``BatchNormAct2d`` and ``LayerNorm2d``, Llama's ``RMSNorm``) become ours too.
+    where these are None, with None for arguments that may be missing, with anything for those that it only passes on
+    to its layers, in training and in evaluation, and for what it asks about its arguments' shapes. Any other call runs
+    the forward as it was written. Norms of other packages that compute what one of ours does (timm's
+    ``BatchNormAct2d`` and ``LayerNorm2d``, Llama's ``RMSNorm``) become ours too.
 
     Left alone are norms with hooks, subclasses of norms, norms called twice, and whatever ``torch.fx`` cannot trace
     safely: forwards that depend on data or on random numbers, or that set attributes. In those, only neighbours in an
@@ -298,9 +300,11 @@ class _Fuser(Exchange):
         for path, owner, kept, inlined, alone in made:
             rewrite(owner, kept, inlined, alone)
             through = ", ".join(_join(path, p) for p in inlined)
-            self.report.rewritten[path] = type(owner).__name__ + (
-                f", in place of the forwards of {through}" if through else ""
-            )
+            words = [type(owner).__name__, f"in place of the forwards of {through}" if through else ""]
+            kinds = {p.kind for p in trace.arguments(type(owner)._original.forward).values()}
+            if kinds & {Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD}:
+                words.append("for calls with no other arguments than those that it names")
+            self.report.rewritten[path] = ", ".join(filter(None, words))
 
     def through(self, path: str, inline: set[str]) -> set[str]:
         """With those that an inlined module's own forward would hold: its chains are this forward's then."""

@@ -60,6 +60,8 @@ def _way_guards(variant: Variant, arguments: dict[str, inspect.Parameter], varia
     for name, p in arguments.items():
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
             guards.append(f"not {name}")
+        elif name in variant.way.anything:
+            continue
         elif name in tensors:
             if p.default is not p.empty:
                 guards.append(f"isinstance({name}, Tensor)")

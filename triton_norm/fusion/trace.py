@@ -21,6 +21,7 @@ from torch import fx, nn
 from torch.fx import Node
 
 from ..layers.convert import is_known, is_ours
+from . import passing
 from .decisions import RANKS, Decisions, follow, question
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -57,7 +58,7 @@ def is_layer(cls: type) -> bool:
     return any(c.__module__.startswith("torch.nn") and c not in _CONTAINERS for c in cls.__mro__)
 
 
-class Untraceable(Exception):
+class Untraceable(RuntimeError):
     """Why a forward cannot be trusted."""
 
 
@@ -186,6 +187,8 @@ class Way(NamedTuple):
 
     tensors: tuple[str, ...]
     constants: dict[str, Any]
+    #: Of the tensors, what may be anything, since it is only passed on; with defaults.
+    anything: tuple[str, ...] = ()
 
 
 class Variant(NamedTuple):
@@ -254,6 +257,7 @@ def variants(module: nn.Module, inline: Collection[nn.Module] | None = None) -> 
             found += _trace(module, inline, way)
         except Untraceable as error:
             reason = reason or error
+    found += passing.variants(type(module).forward, found, lambda way: _trace(module, inline, way))
     if not found:
         raise reason or Untraceable("it has no forward")
     return found

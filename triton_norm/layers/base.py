@@ -40,7 +40,7 @@ class Activated(nn.Module):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        if doc := cls.__dict__.get("__doc__"):
+        if "{" in (doc := cls.__dict__.get("__doc__") or ""):
             cls.__doc__ = composed(doc)
         # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
         for name in ("__init__", "forward"):
