@@ -6,6 +6,7 @@ They need the packages of the extra ``networks``: ``pip install -e '.[networks]'
 import copy
 import functools
 import importlib.util
+import inspect
 import io
 import time
 from pathlib import Path
@@ -65,7 +66,8 @@ def originals_of(fused, network):
     """The paths of modules whose forward is fused, and whose original forward ran all the same."""
     found = []
     for path, module in fused.named_modules():
-        if isinstance(module, trace.Rewritten) and "original" in (names := type(module).forward.__globals__):
+        names = inspect.unwrap(type(module).forward).__globals__
+        if isinstance(module, trace.Rewritten) and "original" in names:
             names["original"] = lambda *args, path=path, original=names["original"], **kwargs: (
                 found.append(path) or original(*args, **kwargs)
             )
