@@ -285,7 +285,8 @@ def normalize(
         )  # fmt: skip
     if is_ours(norm) and not alone:
         return finish(norm(x, residual, activation=activation, **before), padding, padding_mode, return_unpadded)
-    y, total = norm(x, **before), None
+    y: Any = norm(x, **before)
+    total = None
     if before.get("return_sum"):
         y, total = y
     y = resolve(activation)(y if residual is None else y + residual)
