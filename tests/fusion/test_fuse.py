@@ -1361,3 +1361,55 @@ def test_our_own_networks_compute_the_same(name, inference):
     model = twins.randomize(OURS[name]()).eval()
     x = normal(2, 3, 32, 32)
     torch.testing.assert_close(tn.fuse(model, inference)(x), model(x), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(0.2)], ids=repr)
+def test_norms_that_keep_their_output_alone_take_nothing(activation):
+    """What is fused into them might be what x is not to be recovered behind."""
+    norm = tn.BatchNorm2d(8, memory_efficient=True)
+    fused = fused_like(nn.Sequential(nn.Conv2d(3, 8, 3), norm, activation, nn.ReflectionPad2d(1)), normal(2, 3, 6, 6))
+    assert "the norm is memory_efficient: set that behind fuse" in str(tn.fuse_report(fused))
+
+
+def test_what_is_fused_may_keep_its_output_alone_afterwards():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.LeakyReLU(0.2), nn.Conv2d(8, 3, 1))
+    fused = fused_like(model, normal(2, 3, 6, 6))
+    twin = copy.deepcopy(fused)
+    fused[1].memory_efficient = True
+    x = normal(2, 3, 6, 6).requires_grad_()
+    got, want = (torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (fused, twin))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_networks_made_of_norms_that_keep_their_output_alone():
+    """A PatchGAN's activations can be inverted, a generator's cannot and stay behind the norms."""
+    layer = functools.partial(tn.InstanceNorm2d, affine=True, memory_efficient=True)
+    for kind, shape in ((tn.models.NLayerDiscriminator, (1, 3, 32, 32)), (tn.models.ResnetGenerator, (1, 3, 16, 16))):
+        arguments = (3, 8) if kind is tn.models.NLayerDiscriminator else (3, 3, 8)
+        net = kind(*arguments, norm_layer=layer).double()
+        twin = kind(*arguments, norm_layer=functools.partial(nn.InstanceNorm2d, affine=True)).double()
+        twin.load_state_dict(net.state_dict())
+        x = normal(*shape)
+        got, want = (torch.autograd.grad(m(x).square().sum(), list(m.parameters())) for m in (net, twin))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-7, rtol=1e-6)
+
+
+def test_a_sum_before_a_norm_that_keeps_its_output_alone():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.norm = nn.Linear(8, 8), nn.LayerNorm(8)
+
+        def forward(self, x):
+            x = x + self.f(x)
+            return F.relu(self.norm(x)) + x
+
+    fused = fused_like(Block(), normal(2, 3, 8))
+    twin = copy.deepcopy(fused)
+    fused.norm.memory_efficient = True
+    x = normal(2, 3, 8).requires_grad_()
+    got, want = (torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()]) for m in (fused, twin))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)

@@ -142,6 +142,8 @@ class Finder:
         if norm.module is None:
             return None
         module = self.modules[norm.module]
+        if getattr(module, "memory_efficient", False):
+            return "the norm is memory_efficient: set that behind fuse, where the activation can be inverted"
         return "the norm is called more than once" if self.calls[id(module)] > 1 else why_not(module)
 
     def _alone(self, norm: Norm, reason: str) -> Chain:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..activations import resolve
+from ..activations import can_be_inverted, resolve
 from ..ops import reference
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from . import base, known, norms
@@ -230,10 +230,13 @@ def fuse_neighbours(layers: Sequence[nn.Module]) -> list[nn.Module]:
         fused[i] = norm
         activation = pad = None
         end = i + 1
+        keeps_output = getattr(norm, "memory_efficient", False)
         if end < len(fused) and has_fixed_activation(fused[end]):
-            activation = fused[end]
-            end += 1
-        if end < len(fused) and takes_padding(norm):
+            name, numbers, _ = resolve(fused[end])
+            if not keeps_output or can_be_inverted(name, numbers):
+                activation = fused[end]
+                end += 1
+        if end < len(fused) and takes_padding(norm) and not keeps_output:
             pad = padding_of(fused[end], dims_of(norm))
             end += pad is not None
         absorb(norm, activation, pad)
@@ -274,17 +277,27 @@ def normalize(
 
     ``before`` is what one of ours over trailing dims is told of a sum before it.
     """
-    if is_ours(norm) and takes_padding(norm):
+    alone = getattr(norm, "memory_efficient", False) and not _keeps_enough(residual, activation, padding)
+    if is_ours(norm) and takes_padding(norm) and not alone:
         return norm(
             x, residual, activation=activation, padding=padding, padding_mode=padding_mode,
             return_unpadded=return_unpadded,
         )  # fmt: skip
-    if is_ours(norm):
-        y = norm(x, residual, activation=activation, **before)
-    else:
-        y = norm(x)
-        y = resolve(activation)(y if residual is None else y + residual)
-    return finish(y, padding, padding_mode, return_unpadded)
+    if is_ours(norm) and not alone:
+        return finish(norm(x, residual, activation=activation, **before), padding, padding_mode, return_unpadded)
+    y: Any = norm(x, **before)
+    total = None
+    if before.get("return_sum"):
+        y, total = y
+    y = resolve(activation)(y if residual is None else y + residual)
+    y = finish(y, padding, padding_mode, return_unpadded)
+    return y if total is None else (y, total)
+
+
+def _keeps_enough(residual: Tensor | None, activation: ActivationLike, padding: Padding) -> bool:
+    """Whether a norm's input can be recovered from its output behind these."""
+    name, numbers, _ = resolve(activation)
+    return residual is None and padding == 0 and can_be_inverted(name, numbers)
 
 
 def finish(
