@@ -291,3 +291,12 @@ def test_strided_parameters_and_statistics_of_vectors(backend, shape, use_stats)
     want, _ = expected(a)
     assert_close(mean, want.running_mean, torch.float32)
     assert_close(var, want.running_var, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["batch", "instance", "group"])
+@pytest.mark.parametrize("width", [4, 12])
+def test_one_bit_an_element_where_lines_are_no_whole_bytes(backend, kind, width):
+    """Channels between the dims that are reduced: rows are whole bytes, the lines that they consist of are not."""
+    a = arguments(kind, (1, 2, 2, width), residual=True, activation="relu", device=backend.device)
+    a.x, a.residual = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (a.x, a.residual))
+    check(a)

@@ -162,7 +162,7 @@ def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]
         kept = 3 if spec.kind == "instance" and o.running_mean is not None else 1 if spec.kind == "rms" else 2
         dtype = torch.promote_types(x.dtype, torch.float32)
         statistics = x.new_empty(kept * operands.statistics_count(spec, x), dtype=dtype)
-    count = operands.bits_count(spec, x, plain) if keep_bits else 0
+    count = operands.bits_count(spec, o, x, plain) if keep_bits else 0
     if count:
         bits = x.new_empty(count, dtype=torch.uint8)
     second = torch.empty_like(plain) if spec.return_sum else None

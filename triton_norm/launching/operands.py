@@ -1,6 +1,5 @@
 """How the operands of a call lie in memory: what results look like, and what the kernels cannot read as it lies."""
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -133,16 +132,14 @@ def statistics_count(spec: Spec, x: Tensor) -> int:
     return x.numel() // (shape[1] if kind == "channels" else spec.width(shape))
 
 
-def bits_count(spec: Spec, x: Tensor, plain: Tensor) -> int:
-    """Bytes of one bit per element, or 0 where a row does not split into whole bytes in memory order."""
-    if spec.kind in PER_COLUMN:
-        line = x.shape[1] if spec.kind == "channels" else spec.width(x.shape)
-    elif spec.padding != 0:
-        # Columns are (D * H, W), and a byte lies within one line of W.
-        return x.numel() // 8 if x.shape[-1] % 8 == 0 else 0
-    else:
-        line = math.prod(x.shape[2:])
-    return x.numel() // 8 if line % 8 == 0 and x.stride() == plain.stride() else 0
+def bits_count(spec: Spec, o: Operands, x: Tensor, plain: Tensor) -> int:
+    """Bytes of one bit per element, or 0 where a line of neighbours in memory does not split into whole bytes."""
+    if x.stride() != plain.stride():
+        return 0
+    affine = Affine.of(spec, o)
+    walked, _ = walk(spec, affine)
+    g = view(walked, tuple(x.shape), x.stride(), x.stride(), spec.width(x.shape), affine.kept)
+    return x.numel() // 8 if g is not None and g.S % 8 == 0 else 0
 
 
 def unpack_bits(spec: Spec, bits: Tensor, o: Operands) -> Tensor:
