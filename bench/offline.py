@@ -67,7 +67,6 @@ TARGETS = {
 }
 
 
-
 class StubDriver:
     """Just enough of a Triton driver to compile for a target. Each target has a device number, hence its own cache."""
 

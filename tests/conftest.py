@@ -16,9 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 # Of property-based tests: the same few examples every time, or many new ones with --hypothesis-profile=long.
-settings.register_profile(
-    "few", max_examples=30, stateful_step_count=8, derandomize=True, deadline=None, database=None
-)
+settings.register_profile("few", max_examples=30, stateful_step_count=8, derandomize=True, deadline=None, database=None)
 settings.register_profile(
     "long", max_examples=10_000, stateful_step_count=30, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],

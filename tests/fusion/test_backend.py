@@ -158,6 +158,7 @@ def test_modulation(form, affine):
 
 def test_adaptive_instance_norm():
     """A factor without the one, behind a function."""
+
     def forward(m, x, style):
         scale, shift = m.style(style)[:, :, None, None].chunk(2, 1)
         return F.leaky_relu(scale * F.instance_norm(x) + shift, 0.2)
@@ -212,6 +213,7 @@ def test_a_norm_with_nothing_behind_it():
 @pytest.mark.parametrize("write", ["relu_", "setitem", "out"])
 def test_writes_into_the_norm_s_input(write):
     """The norm must not move behind them."""
+
     def forward(m, x):
         x = x * 1
         y = m.norm(x)
@@ -248,6 +250,7 @@ def test_an_in_place_activation_that_a_skip_reads():
 
 def test_running_statistics_are_updated_in_order():
     """One norm, called twice: its first call must not move behind its second."""
+
     def forward(m, x):
         first, second = m.norm(x), m.norm(3 * x)
         return F.relu(second) * 2 + torch.tanh(first)
@@ -353,6 +356,7 @@ def test_checkpointed_parts():
 
 def test_module_and_compiled_report_agree():
     """What ``fuse`` says of a network, the backend says too."""
+
     def make():
         return plain.resnet18(3, 5, stem_width=4, widths=(4, 6, 8, 10))
 

@@ -343,6 +343,7 @@ def test_only_the_forwards_that_are_known_are_replaced(monkeypatch):
 
 def test_a_mode_that_differs_within():
     """Dropout in training: nothing but the original forward knows a module in training within one in evaluation."""
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -366,6 +367,7 @@ def test_a_mode_that_differs_within():
 
 def test_an_argument_that_is_none():
     """A trace takes an argument for a tensor; the forward asks whether it is one."""
+
     class Block(nn.Module):
         def __init__(self):
             super().__init__()
@@ -445,6 +447,7 @@ def test_questions_about_arguments(name):
 
 def test_arguments_of_compiled_functions_that_take_numbers():
     """Arguments pass for tensors, but not where torch would look into them."""
+
     def forward(m, x):
         y = 0.5 * x + torch.pow(x, 3.0) + torch.pow(2.0, x) + torch.where(x > 0, x, 1.0)
         return F.relu(m.norm(y)) if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter) else x
@@ -509,6 +512,7 @@ def test_arguments_that_are_only_passed_on(name):
 
 def test_questions_about_what_was_computed():
     """Of these a trace knows nothing: the inner forward is called as it is, and what is around it is fused."""
+
     class Inner(nn.Module):
         def forward(self, x):
             return x[:, :, ::2] if x.shape[2] > 4 else x
@@ -524,6 +528,7 @@ def test_questions_about_what_was_computed():
 @pytest.mark.parametrize("between", ["norm and sum", "sum and activation", "both"])
 def test_dropouts_that_may_be_off(p, between):
     """At p=0 and in evaluation they are nothing; in training all goes one after the other."""
+
     def forward(m, x):
         y = m.norm(x)
         y = (m.first(y) if between != "sum and activation" else m.nothing(y)) + x
@@ -590,6 +595,7 @@ def test_norms_that_are_functions(function):
 @pytest.mark.parametrize("how", ["1 + g", "g"])
 def test_modulation(form, affine, how):
     """Seen at the call: per channel, sample or element in one pass, anything else one after the other."""
+
     def forward(m, x, style):
         g, b = m.style(style).chunk(2, 1)
         view = {
@@ -692,6 +698,7 @@ def test_layers_that_two_paths_lead_to(strict):
 
 def test_why_a_norm_is_alone():
     """The reason stands with the module that calls it, and says which that is."""
+
     def forward(m, x):
         return F.relu(m.norm(x)) if x.sum() < 1e9 else x
 
@@ -792,6 +799,7 @@ def test_known_norms(name):
 
 def test_known_norms_that_do_something_else():
     """A dropout of their own, another kernel, an activation that is not torch's: left alone, and right."""
+
     class Odd(nn.ReLU):
         pass
 

@@ -180,6 +180,7 @@ def test_a_write_into_what_others_hold():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_half_precision_and_autocast(dtype, turned, way):
     """The sum has torch's dtype and rounding, also of a float32 stream and a half branch, and the norm is of that."""
+
     def forward(m, x):
         s = m.mix(x) + x if turned else x + m.mix(x)
         return m.mlp(m.norm(s)), s
@@ -253,6 +254,7 @@ def test_modulation(name, affine, way):
 @pytest.mark.parametrize("affine", [False, True])
 def test_modulation_of_an_rms_norm(affine, way):
     """Which takes a factor, and no bias but what is added per element."""
+
     def forward(m, x, style):
         y = m.norm(x) * (1 + style[:, None])
         return m.mlp(m.norm2(x) * style[:, None] + style[:, None]) * y

@@ -131,6 +131,7 @@ def test_autocast():
 
 def test_within_a_forward_that_does_more():
     """By the name of what it is, with what follows it."""
+
     def forward(m, x):
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1)
         return F.silu(y * m + x) + 1

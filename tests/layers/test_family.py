@@ -495,7 +495,10 @@ NAMESAKES = {
 }
 KEEPS = ("memory_efficient",)
 ADDS = {
-    "GroupNorm": FUSED + KEEPS, "LayerNorm": FUSED[:1] + KEEPS, "RMSNorm": FUSED[:1] + KEEPS, "SyncBatchNorm": FUSED
+    "GroupNorm": FUSED + KEEPS,
+    "LayerNorm": FUSED[:1] + KEEPS,
+    "RMSNorm": FUSED[:1] + KEEPS,
+    "SyncBatchNorm": FUSED,
 }
 
 

@@ -33,7 +33,6 @@ KINKS = (-3.0, -1.0, 0.0, 1.0, 3.0, 6.0)
 PADDINGS = ("reflect", "replicate", "circular", "zeros")
 
 
-
 def _unaligned(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 

@@ -27,6 +27,8 @@ import triton_norm as tn
 from ..kernels import AVAILABLE
 from . import counting, info
 from .info import UserError
+from .progress import Progress
+from .streams import check_out
 
 T = TypeVar("T")
 
@@ -82,23 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where to write the picture (default: %(default)s)")  # fmt: skip
 
 
-class Progress:
-    """A line on stderr that says what is being done; on a terminal it is rewritten in place."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.step = steps, 0
-        self.live = sys.stderr.isatty()
-
-    def __call__(self, doing: str) -> None:
-        self.step += 1
-        line = f"[{self.step}/{self.steps}] {doing} ..."
-        print(f"\r\033[K{line}" if self.live else line, end="" if self.live else "\n", file=sys.stderr, flush=True)
-
-    def clear(self) -> None:
-        if self.live:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
-
-
 def pick_device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -116,14 +101,6 @@ def pick_device(name: str | None) -> torch.device:
     if index >= torch.cuda.device_count():
         raise UserError(f"device {name!r} asked for, but there are only {torch.cuda.device_count()} GPUs")
     return torch.device("cuda", index)
-
-
-def check_out(path: Path) -> None:
-    """Says before the work, not after it, that the picture has no place to go."""
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a directory")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"cannot write {path}: there is no directory {path.absolute().parent}")
 
 
 def network(norm: Callable[[int], OrderedDict[str, nn.Module]]) -> nn.Sequential:

@@ -136,7 +136,14 @@ class Moments:
             return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)), like_x)
 
         t = tiling.cut(
-            _BATCH, "batch", tidy, plain, affine=Affine("row"), per_channel=False, reduce=False, plans=plans,
+            _BATCH,
+            "batch",
+            tidy,
+            plain,
+            affine=Affine("row"),
+            per_channel=False,
+            reduce=False,
+            plans=plans,
             scratch=trial,
         )
         self._dtype, self._others = t.dtype, x.numel() // x.shape[1] - 1

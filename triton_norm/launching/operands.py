@@ -102,8 +102,10 @@ def tidied(spec: Spec, o: Operands, plain: Tensor) -> Operands:
     form, per_sample, along = affine = Affine.of(spec, o)
     if form == "element":
         weight, bias = like(weight, plain), like(bias, plain)
-    elif form == "column" or per_sample is None or any(
-        p is not None and (p.stride(1) != 1 or p.stride(0) != per_sample) for p in (weight, bias)
+    elif (
+        form == "column"
+        or per_sample is None
+        or any(p is not None and (p.stride(1) != 1 or p.stride(0) != per_sample) for p in (weight, bias))
     ):
         weight, bias = (p if p is None or p.is_contiguous() else p.contiguous() for p in (weight, bias))
     if spec.padding == 0:

@@ -99,9 +99,7 @@ class ConvNormAct(nn.Module):
     @overload
     def forward(self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool) -> Result: ...
 
-    def forward(
-        self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool = False
-    ) -> Result:
+    def forward(self, input: Tensor, residual: Tensor | None = None, *, return_unpadded: bool = False) -> Result:
         """``residual`` has the shape of the convolution's result."""
         finish = self.finish
         return normalize(
@@ -168,9 +166,7 @@ class ResnetBlock(nn.Module):
         layers = [*pad(), conv(), norm_layer(dim), nn.ReLU(), *dropout, *pad(), conv(), norm_layer(dim)]
         self.conv_block = nn.Sequential(*convert.fuse_neighbours(layers))
 
-    def forward(
-        self, input: Tensor | tuple[Tensor, Tensor], *, pad_output: bool = False
-    ) -> Result:
+    def forward(self, input: Tensor | tuple[Tensor, Tensor], *, pad_output: bool = False) -> Result:
         *layers, last = self.conv_block
         padded, plain = input if isinstance(input, tuple) else (None, input)
         y = plain

@@ -204,9 +204,7 @@ def tidy_padding(sides: Sequence[int], dims: int | None, mode: PaddingMode) -> t
     return (sides[0] if dims and len(set(sides)) == 1 else tuple(sides)), mode
 
 
-def absorb(
-    norm: Any, activation: nn.Module | None, padding: tuple[Padding, PaddingMode] | None
-) -> nn.Module:
+def absorb(norm: Any, activation: nn.Module | None, padding: tuple[Padding, PaddingMode] | None) -> nn.Module:
     """Our plain ``norm``, from here on with this activation and padding."""
     if activation is not None:
         # A setting, as in the constructor; an activation with parameters is never absorbed.
@@ -300,9 +298,7 @@ def _keeps_enough(residual: Tensor | None, activation: ActivationLike, padding: 
     return residual is None and padding == 0 and can_be_inverted(name, numbers)
 
 
-def finish(
-    y: Tensor, padding: Padding, padding_mode: PaddingMode, return_unpadded: bool
-) -> Result:
+def finish(y: Tensor, padding: Padding, padding_mode: PaddingMode, return_unpadded: bool) -> Result:
     """The padding alone."""
     padded = y if padding == 0 else reference.pad(y, padding, padding_mode)
     return (padded, y) if return_unpadded else padded
