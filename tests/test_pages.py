@@ -60,7 +60,7 @@ def test_every_block_is_code_that_runs_or_what_code_before_it_prints():
     fences = [(page, language) for page, text in PAGES.items() for language, _ in FENCE.findall(text)]
     assert {language for _, language in fences} <= {"", "python", "sh"}
     outputs = sum(not language for _, language in fences)
-    assert outputs == sum(block.output is not None for block in EXAMPLES) == 2
+    assert outputs == sum(block.output is not None for block in EXAMPLES) == 4
     assert len(EXAMPLES) >= 6
 
 

@@ -1220,8 +1220,8 @@ def test_report():
     assert text.splitlines() == [
         "Fused (3):",
         "  1: BatchNorm2d + ReLU",
-        "  3.bn2: BatchNorm2d + iadd + ReLU",
         "  3.bn1: BatchNorm2d + ReLU",
+        "  3.bn2: BatchNorm2d + iadd + ReLU",
         "Replaced, with nothing to fuse (1):",
         "  4: BatchNorm2d, followed by Dropout",
         "With a forward of the fused calls (1):",

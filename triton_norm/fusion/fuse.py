@@ -86,6 +86,7 @@ def fuse(model: T, inference: bool = False, *, inplace: bool = False) -> T:
     fuser.visit("", model)
     fuser.rewrite()
     model = fuser.swap_norms()
+    fuser.report.sort(path for path, _ in model.named_modules())
     model.__dict__["_fuse_report"] = fuser.report
     return model
 

@@ -1,5 +1,6 @@
 """What became of the norms of a model."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -28,6 +29,19 @@ class FuseReport:
     operations: int = 0
     #: Whether it is of graphs that ``torch.compile`` captured.
     compiled: bool = False
+
+    def sort(self, paths: Iterable[str]) -> None:
+        """Puts entries in the order of these paths of modules, the empty one among them."""
+        order = {path: i for i, path in enumerate(paths)}
+
+        def place(entry: tuple[str, str]) -> int:
+            path = entry[0]
+            while path not in order:
+                path = path.rpartition(".")[0]
+            return order[path]
+
+        for name in ("fused", "alone", "stayed", "left", "rewritten", "folded"):
+            setattr(self, name, dict(sorted(getattr(self, name).items(), key=place)))
 
     @property
     def remaining(self) -> int:
