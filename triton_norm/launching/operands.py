@@ -1,5 +1,6 @@
 """How the operands of a call lie in memory: what results look like, and what the kernels cannot read as it lies."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -135,8 +136,13 @@ def statistics_count(spec: Spec, x: Tensor) -> int:
 
 
 def bits_count(spec: Spec, o: Operands, x: Tensor, plain: Tensor) -> int:
-    """Bytes of one bit per element, or 0 where a line of neighbours in memory does not split into whole bytes."""
-    if x.stride() != plain.stride():
+    """Bytes of one bit per element, or 0 where a row, or a line of its neighbours in memory, is no whole bytes."""
+    if spec.kind in PER_COLUMN:
+        row = x.shape[1] if spec.kind == "channels" else spec.width(x.shape)
+    else:
+        # Columns of a launch that pads are (D * H, W).
+        row = x.shape[-1] if spec.padding != 0 else math.prod(x.shape[2:])
+    if row % 8 or x.stride() != plain.stride():
         return 0
     affine = Affine.of(spec, o)
     walked, _ = walk(spec, affine)
