@@ -49,13 +49,18 @@ SLOW = {
 FAST_CASES = 1
 
 
-def mark_slow(items: list[pytest.Item]) -> None:
-    """Of a test with many cases a few stay fast: the same ones every time, wherever they lie."""
-    repeated: dict[tuple[str, str | None], list[pytest.Item]] = {}
+def repeated(items: list[pytest.Item]) -> dict[tuple[str, str | None], list[pytest.Item]]:
+    """The cases of each test on each backend."""
+    found: dict[tuple[str, str | None], list[pytest.Item]] = {}
     for item in items:
         on = getattr(item, "callspec", None) and item.callspec.params.get("backend")
-        repeated.setdefault((item.nodeid.split("[")[0], on), []).append(item)
-    for (name, on), cases in repeated.items():
+        found.setdefault((item.nodeid.split("[")[0], on), []).append(item)
+    return found
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Of a test with many cases a few stay fast: the same ones every time, wherever they lie."""
+    for (name, on), cases in repeated(items).items():
         count = 0 if cases[0].path.name in SLOW else min(FAST_CASES, len(cases))
         fast = random.Random(f"{name} {on}").sample(range(len(cases)), count)
         for at, item in enumerate(cases):
@@ -63,11 +68,31 @@ def mark_slow(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.slow)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-case", action="store_true", help="all combinations of tests that run a sample of them")
+
+
+def sampled(items: list[pytest.Item]) -> list[pytest.Item]:
+    """What is left out of tests marked ``sample(n)``: all but n cases on each backend, the same ones every time."""
+    out = []
+    for (name, on), cases in repeated(items).items():
+        mark = cases[0].get_closest_marker("sample")
+        if mark is not None and len(cases) > mark.args[0]:
+            kept = random.Random(f"sample {name} {on}").sample(range(len(cases)), mark.args[0])
+            out += [item for at, item in enumerate(cases) if at not in kept]
+    return out
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not on_a_gpu(config):
         left_out = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+        if not config.getoption("every_case"):
+            left_out = sampled(items)
+            config.hook.pytest_deselected(items=left_out)
+            out = set(left_out)
+            items[:] = [item for item in items if item not in out]
     mark_slow(items)
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))

@@ -93,6 +93,7 @@ KERNELS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+@pytest.mark.sample(20)
 @KERNELS
 @pytest.mark.parametrize(
     "case, name",
@@ -172,6 +173,7 @@ FAMILY = {
 }
 
 
+@pytest.mark.sample(36)
 @KERNELS
 @pytest.mark.parametrize("member, name", pairs(FAMILY, lambda turn, plan: turn % 3 == plan))
 def test_family(backend, force, poison, member, name):

@@ -117,6 +117,7 @@ def test_expanded_input(backend, kind):
         check(a)
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("residual_format", ["same", "other"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 3)])
