@@ -77,7 +77,7 @@ def sampled(items: list[pytest.Item]) -> list[pytest.Item]:
     out = []
     for (name, on), cases in repeated(items).items():
         mark = cases[0].get_closest_marker("sample")
-        if mark is not None and len(cases) > mark.args[0]:
+        if mark and len(cases) > mark.args[0]:
             kept = random.Random(f"sample {name} {on}").sample(range(len(cases)), mark.args[0])
             out += [item for at, item in enumerate(cases) if at not in kept]
     return out
@@ -91,8 +91,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if not config.getoption("every_case"):
             left_out = sampled(items)
             config.hook.pytest_deselected(items=left_out)
-            out = set(left_out)
-            items[:] = [item for item in items if item not in out]
+            out = {id(item) for item in left_out}
+            items[:] = [item for item in items if id(item) not in out]
     mark_slow(items)
     # The longest come first: a process that met them last would let the others wait.
     items.sort(key=lambda item: item.path.name not in ("test_offline_compile.py", "test_bound.py", "test_notebooks.py"))

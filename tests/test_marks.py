@@ -31,6 +31,19 @@ def test_a_case_for_each_backend_is_fast():
     assert all("slow" in item.marks for item in whole)
 
 
+def test_a_sample_is_the_same_every_time():
+    class Sampled(Item):
+        def get_closest_marker(self, name):
+            return SimpleNamespace(args=(3,)) if name == "sample" else None
+
+    cases = [Sampled(f"a::b[{i}-{on}]", (), on) for i in range(9) for on in ("torch", "triton")]
+    out = conftest.sampled(cases)
+    kept = [case for case in cases if all(case is not other for other in out)]
+    assert [case.callspec.params["backend"] for case in kept].count("torch") == 3 and len(kept) == 6
+    assert [case.nodeid for case in conftest.sampled(cases)] == [case.nodeid for case in out]
+    assert conftest.sampled(cases[:4]) == []
+
+
 def test_slow_files_are_there():
     names = [path.name for path in Path(conftest.__file__).parent.rglob("test_*.py")]
     assert {name for name in conftest.SLOW if names.count(name) != 1} == set()
@@ -43,7 +56,7 @@ def test_slow_files_are_there():
 def test_tests_for_a_gpu_are_left_out_unless_asked_for(asked, on_a_gpu):
     deselected = []
     config = SimpleNamespace(
-        getoption={"markexpr": asked}.__getitem__,
+        getoption={"markexpr": asked, "every_case": False}.__getitem__,
         hook=SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items)),
     )
     plain, gpu = (Item(name, {name}) for name in ("plain", "gpu"))
