@@ -74,6 +74,7 @@ SUMS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(14)
 @ways
 @every_norm
 @pytest.mark.parametrize("name", SUMS)

@@ -173,7 +173,7 @@ FAMILY = {
 }
 
 
-@pytest.mark.sample(36)
+@pytest.mark.sample(28)
 @KERNELS
 @pytest.mark.parametrize("member, name", pairs(FAMILY, lambda turn, plan: turn % 3 == plan))
 def test_family(backend, force, poison, member, name):

@@ -42,7 +42,7 @@ def step(module: nn.Module, x: torch.Tensor, dy: torch.Tensor, **options) -> tor
     return x.grad
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("turn, name, activation", [(turn, *case) for turn, case in enumerate(CASES)])
 def test_a_batch_counts_as_often_as_with_torch(backend, turn, name, reentrant, activation):

@@ -44,7 +44,7 @@ def prelu(parameters, backend, dtype=torch.float32):
     return slope
 
 
-@pytest.mark.sample(30)
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("affine", ["both", "weight", "bias", "none"])
 @pytest.mark.parametrize("case", ALL)
@@ -85,7 +85,7 @@ def test_wide_weight_and_bias_of_different_dtypes(backend):
     assert got.gradients["weight"].dtype == torch.float32 and got.gradients["bias"].dtype == torch.bfloat16
 
 
-@pytest.mark.sample(36)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("activation", ["relu", "silu"])
 @pytest.mark.parametrize("dtype, parameter_dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("case", [*NEW, "instance sample", "batch element"])
@@ -94,7 +94,7 @@ def test_dtypes(backend, case, dtype, parameter_dtype, activation):
     assert check(a).gradients["weight"].dtype == parameter_dtype
 
 
-@pytest.mark.sample(36)
+@pytest.mark.sample(24)
 @pytest.mark.parametrize("form", ["input's residual", "result's residual", "padded", "element"])
 @pytest.mark.parametrize("kind", ["batch", "instance", "group", "layer", "rms", "channels"])
 @pytest.mark.parametrize("dtype, out", [
@@ -228,7 +228,7 @@ def test_one_channel(backend):
     check(arguments("channels", (2, 1, 4), device=backend.device, affine="bias", activation="gelu"))
 
 
-@pytest.mark.sample(30)
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", ALL)
 def test_layouts(backend, case, layout):
@@ -323,7 +323,7 @@ def test_gradient_penalty(backend, case, activation):
         torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.sample(24)
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("wanted", ["x", "weight", "residual", "slope", "bias"])
 @pytest.mark.parametrize("case", ["group", "layer", "channels", *WIDE])
 def test_one_gradient_alone(backend, case, wanted):

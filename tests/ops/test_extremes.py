@@ -37,7 +37,7 @@ def split(monkeypatch, anew, request):
     return request.param
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("split", [False, True], indirect=True, ids=["whole rows", "split"])
 @pytest.mark.parametrize("layout, scale", [("contiguous", 1e27), ("channels_last", 1e33)])
 @pytest.mark.parametrize("kind", NORMS)

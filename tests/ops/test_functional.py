@@ -117,7 +117,7 @@ def test_expanded_input(backend, kind):
         check(a)
 
 
-@pytest.mark.sample(16)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("residual_format", ["same", "other"])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 3)])
@@ -200,6 +200,7 @@ PADS = [(1, (2, 3, 4)), (2, (2, 3, 4)), ((1, 2), (2, 3, 4)), (1, (2, 3, 4, 5)), 
         ((-1, 1, 0, 2), (2, 3, 4, 5))]  # fmt: skip
 
 
+@pytest.mark.sample(20)
 @pytest.mark.parametrize("turn, mode", list(enumerate(["reflect", "replicate", "circular", "zeros"])))
 @pytest.mark.parametrize("padding, shape", PADS, ids=str)
 def test_padding(backend, padding, shape, turn, mode):

@@ -603,7 +603,7 @@ def tried(stopwatch, monkeypatch):
     return problems
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "cropped"])
 @pytest.mark.parametrize(
     ("backward", "extra"), [(False, "none"), (False, "residual"), (True, "none"), (True, "residual"), (True, "bits")]
@@ -682,7 +682,7 @@ def channels_last(x):
 LONG = {"contiguous": (1, 2, 40, 64), "channels_last": (1, 3, 48, 64), "odd": (2, 1, 47, 51)}
 
 
-@pytest.mark.sample(7)
+@pytest.mark.sample(5)
 @pytest.mark.parametrize(
     "kind, layout",
     [*product(("batch", "instance", "group", "element"), LONG), *product(("layer", "rms", "sum"), ["rows"])],
