@@ -43,7 +43,6 @@ def is_a_picture(path: Path) -> bool:
     return pixels.shape[0] > 900 and pixels.shape[1] > 1500 and len(colors) > 300
 
 
-@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", demo.DTYPES)
 def test_demo_compares_counts_and_draws(backend, dtype, tmp_path, capsys):
     out = tmp_path / "demo.png"
