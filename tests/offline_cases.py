@@ -185,10 +185,9 @@ if __name__ == "__main__":
     if sys.argv[1] == "--record":
         record()
         sys.exit()
-    target = sys.argv[1]
-    # All cases for one target; the others take turns at pairs of dtypes, so that each case meets two of the three.
-    turn = {"sm_80": 0, "gfx942": 1}.get(target)
+    # A target and which half of the pairs of dtypes: both halves of one target, in two processes, one of each other.
+    target, _, half = sys.argv[1].partition("/")
     for index, case in enumerate(cases()):
-        if turn is None or index // 2 % 2 == turn:
+        if index // 2 % 2 == int(half):
             for row in compile_case(target, *case):
                 print(json.dumps(row))
