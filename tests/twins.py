@@ -1,10 +1,39 @@
 """Compares a model with its plain PyTorch twin in float64: three training steps, evaluation, state; and operators."""
 
+import copy
+
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import triton_norm as tn
+from triton_norm.fusion.report import FuseReport
+
 TOLERANCE = {"atol": 1e-9, "rtol": 1e-7}
+
+
+def normal(*shape: int, seed: int = 3) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class Apply(nn.Module):
+    """Layers as attributes, and a forward given as a function of them."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        self.__dict__["function"] = forward
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class ApplyTwo(Apply):
+    """The same with two inputs."""
+
+    def forward(self, x, y):
+        return self.function(self, x, y)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -58,6 +87,21 @@ def check(ours: nn.Module, theirs: nn.Module, *inputs: torch.Tensor, steps: int 
         model.eval()
     torch.testing.assert_close(ours(*inputs), theirs(*inputs), **TOLERANCE)
     theirs.load_state_dict(ours.state_dict())
+
+
+def fused(model: nn.Module, way: str, *inputs: torch.Tensor, steps: int = 2) -> FuseReport:
+    """The report of the model, fused one way and checked against a copy of itself.
+
+    ``way`` is "fuse", or who compiles what the backend leaves.
+    """
+    randomize(model)
+    reference = copy.deepcopy(model)
+    if way == "fuse":
+        model = tn.fuse(model)
+    else:
+        model.compile(backend="triton_norm", options={"rest": way})
+    check(model, reference, *inputs, steps=steps, parameters=any(True for _ in model.parameters()))
+    return tn.fuse_report(model)
 
 
 class Operators(TorchDispatchMode):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from twins import normal
 
 import triton_norm as tn
 from triton_norm.fusion.backend import backend
@@ -32,18 +33,8 @@ def fresh(monkeypatch):
     torch._dynamo.reset()
 
 
-def normal(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Apply(nn.Module):
-    """Layers as attributes, and a forward given as a function of them."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.__dict__["function"] = forward
+class Apply(twins.Apply):
+    """The same with any inputs."""
 
     def forward(self, *inputs):
         return self.function(self, *inputs)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 import twins
 from torch import nn
+from twins import Apply, ApplyTwo, normal
 
 import triton_norm as tn
 from bench.counting import counting
@@ -23,10 +24,6 @@ from triton_norm.fusion import trace
 @pytest.fixture(autouse=True)
 def on_torch(monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
-
-
-def normal(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def fused_like(model, *inputs, inplace=False, steps=3):
@@ -40,26 +37,6 @@ def fused_like(model, *inputs, inplace=False, steps=3):
 
 def conv(norm=nn.BatchNorm2d, channels=4):
     return [nn.Conv2d(channels, channels, 3, padding=1), norm(channels)]
-
-
-class Apply(nn.Module):
-    """Layers as attributes, and a forward given as a function of them."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.__dict__["function"] = forward
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-class ApplyTwo(Apply):
-    """The same with two inputs."""
-
-    def forward(self, x, y):
-        return self.function(self, x, y)
 
 
 # What is fused

@@ -1,12 +1,10 @@
 """Norms of rows, as transformers have them: the sum ahead, and what modulates behind, in one call; both ways."""
 
-import copy
-
 import pytest
 import torch
 import torch.nn.functional as F
-import twins
 from torch import nn
+from twins import Apply, ApplyTwo, fused, normal
 
 import triton_norm as tn
 from bench.counting import counting
@@ -16,42 +14,6 @@ from bench.counting import counting
 def on_torch(monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
     torch._dynamo.reset()
-
-
-def normal(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-class Apply(nn.Module):
-    """Layers as attributes, and a forward given as a function of them."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.__dict__["function"] = forward
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-class ApplyTwo(Apply):
-    """The same with two inputs."""
-
-    def forward(self, x, y):
-        return self.function(self, x, y)
-
-
-def fused(model, way, *inputs, steps=2):
-    """The report of the model, fused one way and checked against a copy of itself."""
-    twins.randomize(model)
-    reference = copy.deepcopy(model)
-    if way == "fuse":
-        model = tn.fuse(model)
-    else:
-        model.compile(backend="triton_norm", options={"rest": way})
-    twins.check(model, reference, *inputs, steps=steps, parameters=any(True for _ in model.parameters()))
-    return tn.fuse_report(model)
 
 
 ways = pytest.mark.parametrize("way", ["fuse", "eager", "aot_eager"])

@@ -1,37 +1,18 @@
 """Activations behind a view of what a norm gives: both ways."""
 
-import copy
 import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-import twins
 from torch import nn
-
-import triton_norm as tn
+from twins import Apply, fused, normal
 
 
 @pytest.fixture(autouse=True)
 def on_torch(monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
     torch._dynamo.reset()
-
-
-def normal(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def fused(model, way, *inputs):
-    """The report of the model, fused one way and checked against a copy of itself."""
-    twins.randomize(model)
-    reference = copy.deepcopy(model)
-    if way == "fuse":
-        model = tn.fuse(model)
-    else:
-        model.compile(backend="triton_norm", options={"rest": way})
-    twins.check(model, reference, *inputs, steps=2)
-    return tn.fuse_report(model)
 
 
 ways = pytest.mark.parametrize("way", ["fuse", "eager", "aot_eager"])
@@ -70,19 +51,6 @@ def test_adaptive_instance_norm_of_munit(act, way):
     report = fused(model, way, normal(2, 3, 5, 6), normal(2, 8))
     assert list(report.fused.values()) == [f"batch_norm + {type(model.act).__name__}"]
     assert (report.operations, report.remaining) == (1, 0)
-
-
-class Apply(nn.Module):
-    """Layers as attributes, and a forward given as a function of them."""
-
-    def __init__(self, forward, **layers):
-        super().__init__()
-        for name, layer in layers.items():
-            self.add_module(name, layer)
-        self.__dict__["function"] = forward
-
-    def forward(self, x):
-        return self.function(self, x)
 
 
 VIEWS = {

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 import twins
 from torch import nn
+from twins import normal
 
 import triton_norm as tn
 from bench.counting import counting
@@ -17,10 +18,6 @@ from triton_norm.fusion.backend import backend
 def on_torch(monkeypatch):
     monkeypatch.setenv("TRITON_NORM_BACKEND", "torch")
     torch._dynamo.reset()
-
-
-def normal(*shape, seed=3):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Norm(nn.Module):
