@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import weakref
 
 import pytest
@@ -183,10 +185,9 @@ def test_residuals_and_padding_are_refused(backend):
     assert norm.num_batches_tracked == 0 and norm.running_mean.abs().sum() == 0
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"], indirect=True)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_a_weight_too_small_is_refused_before_anything_is_written(backend, dtype):
-    if backend.device == "cuda":
-        pytest.skip("there it is an assertion of the device, which would end the process")
     for norm in norms(activation="leaky_relu", memory_efficient=True):
         norm.to(dtype)
         x = torch.randn(SHAPE, dtype=dtype, requires_grad=True)
@@ -207,6 +208,25 @@ def test_a_weight_too_small_is_refused_before_anything_is_written(backend, dtype
                 norm.weight[2] = 2.0
                 with torch.enable_grad(), pytest.raises(RuntimeError, match="to be at least"):
                     norm(x)
+
+
+@pytest.mark.gpu
+def test_a_weight_too_small_ends_a_process_on_a_gpu():
+    """By an assertion of the device, as an index out of range does: for a process of its own."""
+    script = """
+import torch, triton_norm as tn
+norm = tn.InstanceNorm2d(6, affine=True, memory_efficient=True, device="cuda")
+x = torch.randn(3, 6, 4, 5, device="cuda", requires_grad=True)
+norm(x).sum().backward()
+torch.cuda.synchronize()
+print("fine so far", flush=True)
+norm.weight.detach().zero_()
+norm(x)
+torch.cuda.synchronize()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert ended.stdout == "fine so far\n"
+    assert ended.returncode != 0 and "expected every |weight| to be at least" in ended.stderr
 
 
 def test_where_the_weight_changes_unseen_the_gradient_is_nan(backend):
