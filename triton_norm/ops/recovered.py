@@ -79,9 +79,15 @@ def _refuse_lost(spec: Spec, weight: Tensor | None, bias: Tensor | None, dtype: 
 
 
 def _lost(spec: Spec, weight: Tensor | None, bias: Tensor | None, limits: Kept) -> Tensor:
-    factor: Any = 1.0 if weight is None else (1 + weight if spec.unit_offset else weight)
-    needed: Any = limits.floor if bias is None else bias.abs() * limits.limit + limits.floor
-    return abs(factor) < needed
+    # In few operators, each of which is a launch; and a little early: the kernels, which give NaN, round otherwise.
+    limit = 1.01 * limits.limit
+    if weight is None:
+        assert bias is not None
+        return bias.abs() * limit + limits.floor > 1.0
+    size = (1 + weight if spec.unit_offset else weight).abs()
+    if bias is not None:
+        size = torch.sub(size, bias.abs(), alpha=limit)
+    return size < limits.floor
 
 
 def by_torch(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
