@@ -1,19 +1,22 @@
 """By what bound calls are found again, and how long they are kept."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _functorch
+from torch._C import _dynamo, _functorch
 from torch.autograd import forward_ad
 
 from ..tuning import autotune
+
+# It is torch's own, and need not be there in every release to come.
+TensorGuards: Any = getattr(_dynamo.guards, "TensorGuards", None)
 
 HIP = torch.version.hip is not None
 _ORDINARY = {Tensor, torch.nn.Parameter}
 is_compiling = torch.compiler.is_compiling
 functorch_is_active = torch._C._are_functorch_transforms_active
-any_autocast = torch._C._is_any_autocast_enabled
 dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
@@ -71,9 +74,37 @@ class Table(dict):
         self[key] = call
 
 
-def nowhere() -> int:
-    """Of an empty or a meta tensor, which is nothing for a launch."""
-    raise TypeError("a tensor without memory")
+#: A test of tensors, and the call for those that pass.
+Pair = tuple[Callable[..., bool], Callable[..., Any]]
+
+
+def with_alike(pairs: tuple[Pair, ...], tensors: Sequence[Tensor], call: Callable[..., Any]) -> tuple[Pair, ...]:
+    """The pairs with one in front for tensors like these; the oldest of too many goes.
+
+    The test is called with as many tensors. It holds for those of the same types, dtypes, devices, shapes and strides
+    that require gradients alike, while torch dispatches in the same way: not under autocast if it was not on, nor under
+    a transform or a dispatch mode.
+    """
+    return ((_test(tensors), call), *pairs[: MOST_ALIKE - 1])
+
+
+#: They are tried one after the other, so that they must not become many.
+MOST_ALIKE = 16
+
+
+def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    if TensorGuards is None or len(set(map(id, tensors))) < len(tensors):
+        # One tensor in two places is what the guard refuses.
+        like = _described(tensors)
+        return lambda *others: _described(others) == like
+    # What the compiler guards its graphs with asks a tensor for all that in one call, where Python needs five.
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _described(tensors: Sequence[Tensor]) -> tuple:
+    state = functorch_is_active(), dispatch_modes(), torch._C._dispatch_tls_local_include_set().raw_repr()
+    return state, *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
 def layouts(tensors: Iterable[Tensor | None]) -> tuple:

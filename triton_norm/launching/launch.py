@@ -105,7 +105,7 @@ class Launch:
             run is None
             or _ENTER_CALLS or _RUNTIME.launch_enter_hook is not _ENTER
             or _LEAVE_CALLS or _RUNTIME.launch_exit_hook is not _LEAVE
-            or (device is not None and device != torch.cuda.current_device())
+            or (device is not None and device != torch._C._cuda_getDevice())
         ):  # fmt: skip
             self._launch(pointers)
         elif self._packs:

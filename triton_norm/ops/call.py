@@ -14,12 +14,12 @@ from torch import Tensor
 from ..launching.keys import (
     HIP,
     Table,
-    any_autocast,
+    in_forward_mode,
     is_compiling,
     is_for_torch,
     is_ordinary,
-    nowhere,
     placement,
+    with_alike,
 )
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
 from . import backend, ranks, recovered, reference
@@ -48,50 +48,50 @@ def normalize(
     are unchanged then.
     """
     operands = (x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual)
-    if not is_ordinary(x):
+    if is_compiling() or in_forward_mode():
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(*operands)
-    # Written out: as a function of one tensor this takes half as long again, and it is most of what a call costs here.
-    # A device's number is compared faster than the device, and memory tells one without a number from no device at all.
+    # Written out: as a loop this takes twice as long, and it is most of what a call costs here.
+    call = None
     try:
-        places = x.data_ptr() or nowhere()
+        places, given, tensors = x.data_ptr(), 1, [x]
         if weight is not None:
-            places |= weight.data_ptr() or nowhere()
-            weight = weight.shape, weight.stride(), weight.dtype, weight.get_device()
+            places, given = places | weight.data_ptr(), 3
+            tensors.append(weight)
         if bias is not None:
-            places |= bias.data_ptr() or nowhere()
-            bias = bias.shape, bias.stride(), bias.dtype, bias.get_device()
+            places, given = places | bias.data_ptr(), given + 4
+            tensors.append(bias)
         if residual is not None:
-            places |= residual.data_ptr() or nowhere()
-            residual = residual.shape, residual.stride(), residual.dtype, residual.get_device()
+            places, given = places | residual.data_ptr(), given + 8
+            tensors.append(residual)
         if slope is not None:
-            places |= slope.data_ptr() or nowhere()
-            slope = slope.shape, slope.stride(), slope.dtype, slope.get_device()
+            places, given = places | slope.data_ptr(), given + 16
+            tensors.append(slope)
         if running_mean is not None:
-            places |= running_mean.data_ptr() or nowhere()
-            running_mean = running_mean.shape, running_mean.stride(), running_mean.dtype, running_mean.get_device()
+            places, given = places | running_mean.data_ptr(), given + 32
+            tensors.append(running_mean)
         if running_var is not None:
-            places |= running_var.data_ptr() or nowhere()
-            running_var = running_var.shape, running_var.stride(), running_var.dtype, running_var.get_device()
+            places, given = places | running_var.data_ptr(), given + 64
+            tensors.append(running_var)
         if count is not None:
-            places |= count.data_ptr() or nowhere()
-            count = count.dtype, count.get_device()
+            places, given = places | count.data_ptr(), given + 128
+            tensors.append(count)
         if pre_residual is not None:
-            places |= pre_residual.data_ptr() or nowhere()
-            pre_residual = pre_residual.shape, pre_residual.stride(), pre_residual.dtype, pre_residual.get_device()
-        key = (
-            spec, backend.setting(), any_autocast() and reference.autocasts(x.device.type),
-            x.shape, x.stride(), x.dtype, x.device, weight, bias, residual, slope, running_mean, running_var, count,
-            pre_residual, (places % 16 or HIP) and placement(operands),
-        )  # fmt: skip
-        call = _calls.get(key)
+            places, given = places | pre_residual.data_ptr(), given + 256
+            tensors.append(pre_residual)
+        key = spec, backend.setting(), x.shape, given, (places % 16 or HIP) and placement(operands)
+        for are_alike, found in _calls.get(key, ()):
+            if are_alike(*tensors):
+                call = found
+                break
     except (AttributeError, TypeError, RuntimeError):
         # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
-        key = call = None
+        key = None
     if call is None:
         o = Operands(*operands)
-        call = _settle(Spec(*spec), o, is_traced=not all(t is None or is_ordinary(t) for t in o))
-        if key is not None:
-            _calls.keep(key, call)
+        is_traced = not all(t is None or is_ordinary(t) for t in o)
+        call = _settle(Spec(*spec), o, is_traced)
+        if key is not None and not is_traced:
+            _calls.keep(key, with_alike(_calls.get(key, ()), tensors, call))
     return call(*operands)
 
 

@@ -1,0 +1,158 @@
+"""What a call is remembered by: one that differs in anything is another, and one that does not is found again."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import triton_norm as tn
+
+CHANNELS = 4
+
+
+@pytest.fixture
+def x(backend):
+    return torch.randn(2, CHANNELS, 3, 8, device=backend.device)
+
+
+@pytest.fixture
+def parameter(backend):
+    return torch.randn(CHANNELS, device=backend.device)
+
+
+def close(got, *operands, then=lambda y: y):
+    x = operands[0]
+    assert got.dtype == x.dtype
+    assert_close(got, then(expected(*operands)), x.dtype)
+
+
+def expected(x, weight=None, bias=None, residual=None):
+    y = F.instance_norm(x.double().contiguous(), weight=_double(weight), bias=_double(bias))
+    return y if residual is None else y + residual.double()
+
+
+def _double(t):
+    return None if t is None else t.double().contiguous()
+
+
+def test_which_operands_there_are(backend, settled, parameter):
+    """All but one are given two tensors, and these are alike."""
+    x = torch.randn(2, CHANNELS, 3, 11, device=backend.device)
+    for operands in ({"weight": parameter}, {"bias": parameter}, {}, {"bias": parameter}, {"weight": parameter}):
+        close(tn.functional.instance_norm(x, **operands), x, operands.get("weight"), operands.get("bias"))
+    assert len(settled) == 3
+
+
+def test_one_tensor_in_two_places(backend, x, parameter):
+    other = parameter.clone()
+    for _ in range(2):
+        for weight, bias in ((parameter, other), (parameter, parameter)):
+            for residual in (x, x.flip(0)):
+                got = tn.functional.instance_norm(x, weight=weight, bias=bias, residual=residual)
+                close(got, x, weight, bias, residual)
+
+
+def test_a_parameter_that_is_given_other_memory(backend, x):
+    norm = tn.InstanceNorm2d(CHANNELS, affine=True, device=backend.device)
+    values = torch.randn(2 * CHANNELS, dtype=torch.float64, device=backend.device)
+    for memory in (values[:CHANNELS].float(), values[::2].float().repeat_interleave(2)[::2], values[1::2],
+                   values.float()[1 : CHANNELS + 1], values[:1].float().expand(CHANNELS)):  # fmt: skip
+        x_of_dtype = x.to(memory.dtype)
+        norm.bias.data = torch.zeros(CHANNELS, dtype=memory.dtype, device=backend.device)
+        norm.weight.data = memory
+        leaf = x_of_dtype.clone().requires_grad_()
+        got = norm(leaf)
+        close(got, x_of_dtype, memory)
+        got.sum().backward()
+        assert leaf.grad.dtype == memory.dtype
+
+
+def test_layouts_of_one_shape(backend, x):
+    alike = [x, x.contiguous(memory_format=torch.channels_last), x.double(), x.transpose(2, 3).contiguous().mT,
+             torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)]  # fmt: skip
+    for one in alike + alike[::-1]:
+        close(tn.functional.instance_norm(one), one)
+
+
+def test_whether_gradients_are_wanted(backend, x, parameter):
+    for _ in range(2):
+        for grad in (False, True):
+            for leaf in (x.clone().requires_grad_(grad), x.clone()):
+                weight = parameter.clone().requires_grad_(grad)
+                got = tn.functional.instance_norm(leaf, weight=weight)
+                assert got.requires_grad == grad
+                with torch.no_grad():
+                    assert not tn.functional.instance_norm(leaf, weight=weight).requires_grad
+                with torch.inference_mode():
+                    assert tn.functional.instance_norm(leaf, weight=weight).is_inference()
+
+
+def test_autocast_in_between(backend, x):
+    half, device = x.to(torch.bfloat16), backend.device
+    for _ in range(2):
+        assert tn.functional.layer_norm(half, (8,)).dtype == torch.bfloat16
+        with torch.autocast(device, dtype=torch.bfloat16):
+            assert tn.functional.layer_norm(half, (8,)).dtype == F.layer_norm(half, (8,)).dtype
+
+
+def test_a_recording_of_what_was_called_before(backend, x):
+    norm = tn.InstanceNorm2d(CHANNELS, activation="relu", device=backend.device).eval()
+    norm(x)
+    recorded = torch.jit.trace(norm, x)
+    other = torch.randn_like(x)
+    close(recorded(other), other, then=torch.relu)
+
+
+def test_a_transform_of_what_was_called_before(backend, x):
+    tn.functional.instance_norm(x)
+    want = torch.func.grad(lambda x: (F.instance_norm(x) ** 3).sum())(x)
+    got = torch.func.grad(lambda x: (tn.functional.instance_norm(x) ** 3).sum())(x)
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+class Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.operators.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["", "one tensor twice"])
+def test_a_mode_sees_what_was_called_before(backend, x, repeated):
+    residual = x if repeated else x.clone()
+    tn.functional.instance_norm(x, residual=residual)
+    with Seen() as seen:
+        tn.functional.instance_norm(x, residual=residual)
+    assert any("norm" in name for name in seen.operators), seen.operators
+
+
+@pytest.fixture
+def settled(monkeypatch):
+    """The calls that were not found."""
+    found = []
+    settle = tn.ops.call._settle
+    monkeypatch.setattr(tn.ops.call, "_settle", lambda *args: found.append(args) or settle(*args))
+    return found
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["", "one tensor twice"])
+def test_a_call_is_settled_once(backend, settled, repeated):
+    """Else everything is right, and slow."""
+    norm = tn.BatchNorm2d(CHANNELS, device=backend.device)
+    for i in range(4):
+        x = torch.randn(2, CHANNELS, 5, 7 if repeated else 9, device=backend.device)
+        norm(x, x if repeated else torch.randn_like(x))
+        assert len(settled) == 1, i
+
+
+def test_many_calls_of_one_shape(backend):
+    """More layouts than are remembered of a shape."""
+    wide = torch.randn(2, CHANNELS, 3, 40, device=backend.device)
+    for _ in range(2):
+        for width in range(20, 40):
+            x = wide[..., :width].clone()[..., :8]
+            close(tn.functional.instance_norm(x), x)
