@@ -115,8 +115,9 @@ class Shares(NamedTuple):
         if self.count == 1 or (weight is None and bias is None):
             return weight, bias, None
         n, like = self.count * self.columns, bias if weight is None else weight
-        parts = torch.empty(2 * n, dtype=self.dtype, device=like.device)
-        return None if weight is None else parts[:n], None if bias is None else parts[n:], parts
+        parts = like.new_empty(2 * n) if like.dtype == self.dtype else like.new_empty(2 * n, dtype=self.dtype)
+        # A view of the first half alone would take as long to make as half a launch.
+        return None if weight is None else parts, None if bias is None else parts[n:], parts
 
     def sum(self, parts: Tensor, g: tuple) -> None:
         _, weight, bias, *_ = g
