@@ -3,9 +3,10 @@
 Times come from ``bench/results/<gpu>/run.json`` (a bench.session's or bench.run's output), bytes from
 ``bench/results/traffic.csv`` (``python -m bench.traffic --out bench/results/traffic.csv``; with ``--clusters --all``
 ``traffic-clusters.csv``), modelled times from ``bench/results/roofline.csv`` (``python -m bench.roofline --out`` that),
-the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), what a training
-step keeps from ``bench/results/memory.csv`` (``python -m bench.memory --out`` that), and what compiles where from
-``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
+the host's times from ``bench/results/host-triton-<release>.csv`` (``python -m bench.host --out`` that), its
+instructions from ``bench/results/instructions-triton-<release>.csv`` (``python -m bench.instructions --out`` that),
+what a training step keeps from ``bench/results/memory.csv`` (``python -m bench.memory --out`` that), and what compiles
+where from ``bench/results/kernels-triton-<release>.csv`` (``python -m bench.kernels --quick --targets all --dtypes
 float16,bfloat16,float32 --out`` that). Nothing is typed by hand. The picture of bytes is drawn by ``python -m
 bench.traffic_plot``; ``--check`` says whether it was drawn from these counts.
 """
@@ -18,7 +19,7 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from . import common, memory, plot, roofline, traffic_plot
+from . import common, instructions, memory, plot, roofline, traffic_plot
 from .common import ROOT, Parser, UserError
 from .contenders import OURS
 from .offline import TARGETS
@@ -197,6 +198,23 @@ def host(results: Path, page: Path) -> Iterator[str]:
         yield from markdown(HOST_HEADER, [_host_line(name, of, launch) for name, of in by_layer.items()])
 
 
+def counted(results: Path, page: Path) -> Iterator[str]:
+    """How many instructions that is, with each release of Triton."""
+    found = sorted(results.glob("instructions-triton-*.csv"))
+    if not found:
+        yield "Nothing has been counted yet."
+    for path in found:
+        rows = instructions.load(path)
+        launch, empty = (n / 1000 for n in instructions.references(rows))
+        yield ""
+        yield from wrapped(
+            f"**Triton {path.stem.removeprefix('instructions-triton-')}**: a bare launch takes {launch:.0f} thousand, "
+            f"`torch.autograd.grad` through an {instructions.EMPTY} {empty:.0f}."
+        )
+        yield ""
+        yield from markdown(instructions.HEADER, list(instructions.lines(rows)))
+
+
 def hosted(results: Path, page: Path) -> Iterator[str]:
     """In a line, for which layers a call costs the CPU less than PyTorch's operators, and for which more."""
     found = sorted(results.glob("host-triton-*.csv"))
@@ -287,7 +305,7 @@ PAGES: dict[str, dict[str, Callable[[Path, Path], Iterator[str]]]] = {
     "README.md": {"speed-ups": speedups, "host in brief": hosted, "saved in brief": saved_in_brief, "bytes": fewer},
     "docs/measurements.md": {
         "times": times, "traffic": traffic, "clusters": clusters, "modelled": modelled, "host": host,
-        "saved": saved, "kernels": kernels,
+        "instructions": counted, "saved": saved, "kernels": kernels,
     },
 }  # fmt: skip
 

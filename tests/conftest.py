@@ -41,9 +41,10 @@ def pytest_configure(config: pytest.Config) -> None:
 #: Files whose tests all take long: they compile for GPUs, count bytes of large tensors, train, draw examples at random,
 #: or start processes of their own.
 SLOW = {
-    "test_any_call.py", "test_bench_offline.py", "test_bench_roofline.py", "test_bound.py", "test_check.py",
-    "test_cli.py", "test_networks.py", "test_notebooks.py", "test_offline_compile.py", "test_operations.py",
-    "test_parallel.py", "test_sync.py", "test_traffic.py", "test_training.py", "test_tune_cli.py", "test_types.py",
+    "test_any_call.py", "test_bench_instructions.py", "test_bench_offline.py", "test_bench_roofline.py",
+    "test_bound.py", "test_check.py", "test_cli.py", "test_networks.py", "test_notebooks.py",
+    "test_offline_compile.py", "test_operations.py", "test_parallel.py", "test_sync.py", "test_traffic.py",
+    "test_training.py", "test_tune_cli.py", "test_types.py",
 }  # fmt: skip
 #: How many cases of any other test, on each backend, are fast.
 FAST_CASES = 1

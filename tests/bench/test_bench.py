@@ -17,6 +17,7 @@ from bench import (
     common,
     contenders,
     host,
+    instructions,
     kernels,
     layers,
     passes,
@@ -603,7 +604,7 @@ def test_what_does_not_compile_or_fit_is_a_fault():
 
 
 SCRIPTS = {"run": run, "plot": plot, "traffic": traffic, "kernels": kernels, "host": host, "session": session,
-           "readme": readme, "traffic_plot": traffic_plot}  # fmt: skip
+           "instructions": instructions, "readme": readme, "traffic_plot": traffic_plot}  # fmt: skip
 BAD = {
     "run group": ("run", ["--groups", "gan"], "argument --groups: unknown group 'gan': expected one of cyclegan, "),
     "run dtype": ("run", ["--dtypes", "float64"], "unknown dtype 'float64'"),
@@ -623,6 +624,7 @@ BAD = {
     "kernels target": ("kernels", ["--targets", "sm_42"], "unknown target 'sm_42': expected one of sm_75, sm_80, "),
     "kernels interpreted": ("kernels", ["--quick"], "TRITON_INTERPRET is set"),
     "host interpreted": ("host", ["--quick"], "TRITON_INTERPRET is set"),
+    "instructions interpreted": ("instructions", ["--quick"], "TRITON_INTERPRET is set"),
     "host option": ("host", ["--slow"], "unrecognized arguments: --slow"),
     "plot nothing": ("plot", ["nowhere"], "cannot read nowhere: No such file"),
     "plot no JSON": ("plot", ["file"], "cannot read file: "),
