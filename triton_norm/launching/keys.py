@@ -103,7 +103,9 @@ def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _described(tensors: Sequence[Tensor]) -> tuple:
-    state = functorch_is_active(), dispatch_modes(), torch._C._dispatch_tls_local_include_set().raw_repr()
+    # Autocast is among what is excluded while it is off.
+    dispatched = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+    state = *(keys.raw_repr() for keys in dispatched), functorch_is_active(), dispatch_modes()
     return state, *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
