@@ -81,7 +81,8 @@ def test_fuse(network):
     reference = copy.deepcopy(model)
     began = time.process_time()
     fused = tn.fuse(model)
-    assert time.process_time() - began < 5
+    # At most 1.7 s on an idle machine, four times that on a busy one: this is for what grows faster than the model.
+    assert time.process_time() - began < 20
     assert isinstance(fused, type(model))
     check(network, fused, fused, reference)
     assert (originals_of(fused, network) == []) == network.is_known
