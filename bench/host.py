@@ -166,21 +166,34 @@ def _backward_parts(backward: Callable[[], object], total: float, watch: Stopwat
     return parts | {"plan": looked_up - whole, "autograd": total - looked_up}, len(launches)
 
 
-def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[Row]:
+class Step(NamedTuple):
+    """A layer on inputs that are there: what its forward pass calls, that and its gradients, and of what these are."""
+
+    forward: Callable[[], Any]
+    both: Callable[[], object]
+    wanted: list
+
+
+def steps(name: str, device: torch.device) -> dict[type, Step]:
+    """Of one of ``LAYERS``, unfused and fused, on the same inputs."""
     shape = Shape(name, "", shape=SIZE, **LAYERS[name])
     inputs = [torch.randn(size, device=device).requires_grad_() for size in shape.input_sizes]
-    results = {}
-    for factory in (Plain, Fused):
+
+    def step(factory: type) -> Step:
         layer = build(factory, shape).to(device)
         # What a user's own forward calls, without a module of ours around it.
         forward = layer.call(*inputs)
-        y = forward()
-        dy, wanted = torch.randn_like(y), [*inputs, *layer.parameters()]
+        dy, wanted = torch.randn_like(forward()), [*inputs, *layer.parameters()]
+        return Step(forward, lambda: torch.autograd.grad(forward(), wanted, dy), wanted)
 
-        def both(forward=forward, wanted=wanted, dy=dy) -> object:
-            return torch.autograd.grad(forward(), wanted, dy)
+    return {factory: step(factory) for factory in (Plain, Fused)}
 
-        results[factory] = forward, wanted, watch(forward), watch(both)
+
+def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[Row]:
+    results = {
+        factory: (step.forward, step.wanted, watch(step.forward), watch(step.both))
+        for factory, step in steps(name, device).items()
+    }
     forward, wanted, forward_us, both_us = results[Fused]
     unfused_forward, unfused_both = results[Plain][2:]
     with torch.no_grad():

@@ -24,8 +24,7 @@ from triton_norm.launching.launch import INTERPRETED
 
 from . import common, host
 from .common import ROOT, Parser, UserError
-from .layers import Fused, Plain, build
-from .shapes import Shape
+from .layers import Fused, Plain
 
 #: ``instructions`` of the fused layer; forward alone also under ``no_grad``.
 FIELDS = ("layer", "direction", "instructions", "no_grad", "unfused")
@@ -103,25 +102,12 @@ def _references(count: Counter) -> Iterator[Row]:
 
 
 def _rows(name: str, count: Counter) -> Iterator[Row]:
-    shape = Shape(name, "", shape=host.SIZE, **host.LAYERS[name])
-    inputs = [torch.randn(size).requires_grad_() for size in shape.input_sizes]
-    found: dict[type, tuple[float, float]] = {}
-    no_grad = 0.0
-    for factory in (Plain, Fused):
-        layer = build(factory, shape)
-        forward = layer.call(*inputs)
-        dy, wanted = torch.randn_like(forward()), [*inputs, *layer.parameters()]
-
-        def both(forward=forward, wanted=wanted, dy=dy) -> object:
-            return torch.autograd.grad(forward(), wanted, dy)
-
-        found[factory] = count(forward), count(both)
-        if factory is Fused:
-            with torch.no_grad():
-                no_grad = count(forward)
-    for i, direction in enumerate(("forward", "both")):
-        row = {"layer": name, "direction": direction, "instructions": found[Fused][i], "unfused": found[Plain][i]}
-        yield row | ({"no_grad": no_grad} if direction == "forward" else {})
+    steps = host.steps(name, torch.device("cpu"))
+    unfused, fused = ((count(step.forward), count(step.both)) for step in (steps[Plain], steps[Fused]))
+    with torch.no_grad():
+        no_grad = count(steps[Fused].forward)
+    yield {"layer": name, "direction": "forward", "instructions": fused[0], "no_grad": no_grad, "unfused": unfused[0]}
+    yield {"layer": name, "direction": "both", "instructions": fused[1], "unfused": unfused[1]}
 
 
 def collect(names: Sequence[str], count: Counter) -> list[Row]:

@@ -74,6 +74,8 @@ class Table(dict):
         self[key] = call
 
 
+#: Of pairs that are tried one after the other.
+MOST_ALIKE = 16
 #: A test of tensors, and the call for those that pass.
 Pair = tuple[Callable[..., bool], Callable[..., Any]]
 
@@ -86,10 +88,6 @@ def with_alike(pairs: tuple[Pair, ...], tensors: Sequence[Tensor], call: Callabl
     a transform or a dispatch mode.
     """
     return ((_test(tensors), call), *pairs[: MOST_ALIKE - 1])
-
-
-#: They are tried one after the other, so that they must not become many.
-MOST_ALIKE = 16
 
 
 def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:
