@@ -4,15 +4,11 @@ A stub driver names the target and its launches do nothing, so the package's own
 compiled is exactly what it would launch for these shapes, strides and dtypes. ``TRITON_INTERPRET`` must not be set.
 """
 
-import functools
 import os
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -25,6 +21,8 @@ from triton_norm.launching.launch import Launch
 from triton_norm.ops import backend
 from triton_norm.tuning import autotune
 from triton_norm.tuning.plan import Device
+
+from . import disassembly
 
 
 class Target(NamedTuple):
@@ -90,13 +88,13 @@ class Report:
 
     kernel: str
     warps: int
-    registers: int
-    spills: int
+    registers: int = 0
+    spills: int = 0
     #: Of the whole program, as written: a loop's body counts once.
-    instructions: int
-    shared: int
-    loads: dict[int, int]
-    stores: dict[int, int]
+    instructions: int = 0
+    shared: int = 0
+    loads: dict[int, int] = field(default_factory=dict)
+    stores: dict[int, int] = field(default_factory=dict)
     grid: tuple[int, ...] = ()
     #: Of a program, more than one in a thread-block cluster.
     ctas: int = 1
@@ -112,6 +110,7 @@ class Report:
 def compiling(target: str) -> Iterator[list[Report]]:
     """Inside the block every launch is compiled for ``target``, untuned, not run, and reported.
 
+    What the compiler made of it is in the reports at the block's end.
     The stub driver stays active afterwards: a process that compiles offline is not one that runs kernels.
     """
     reports: list[Report] = []
@@ -119,16 +118,18 @@ def compiling(target: str) -> Iterator[list[Report]]:
     def compile_only(launch: Launch, *pointers: torch.Tensor | None) -> None:
         kernel, arguments = launch._kernel, (*pointers, *launch._constants)
         named = dict(zip(kernel.arg_names, arguments, strict=True))
-        compiled = None
+        compiled, failed = None, ""
         try:
             compiled = kernel.warmup(*arguments, grid=launch._grid, **launch._options)
-            report = inspect(compiled)
         except Exception as error:
             # Each compiler has exceptions of its own. A launch that fails is a finding: the others are compiled too.
             failed = f"{type(error).__name__}: {error}".splitlines()[0]
-            report = Report(kernel.__name__, launch._options["num_warps"], 0, 0, 0, 0, {}, {}, error=failed)
-        ctas = launch._options.get("num_ctas", 1)
-        reports.append(replace(report, grid=launch._grid, ctas=ctas, arguments=named, compiled=compiled))
+        reports.append(
+            Report(
+                kernel.__name__, launch._options["num_warps"], grid=launch._grid,
+                ctas=launch._options.get("num_ctas", 1), error=failed, arguments=named, compiled=compiled,
+            )
+        )  # fmt: skip
 
     triton.runtime.driver.set_active(StubDriver(target))
     # A change of the mode also has calls forgotten that were bound for another target.
@@ -138,6 +139,9 @@ def compiling(target: str) -> Iterator[list[Report]]:
         mock.patch.object(devices, "device", lambda index: TARGETS[target].device),
     ):
         yield reports
+    cubins = [r.compiled.asm["cubin"] for r in reports if r.compiled is not None and "cubin" in r.compiled.asm]
+    disassembly.disassemble(cubins, TARGETS[target].gpu.arch)
+    reports[:] = [report if report.compiled is None else inspected(report) for report in reports]
 
 
 @contextmanager
@@ -151,40 +155,23 @@ def kernels_for_cpu_tensors() -> Iterator[None]:
         yield
 
 
-def inspect(compiled) -> Report:
-    """Registers, spills, instructions and access widths of a compiled kernel."""
-    metadata = compiled.metadata
-    if "cubin" in compiled.asm:
-        registers, spills, instructions, loads, stores = _inspect_cuda(compiled.asm["cubin"])
-    else:
-        registers, spills, instructions, loads, stores = _inspect_hip(compiled.asm["amdgcn"])
-    return Report(metadata.name, metadata.num_warps, registers, spills, instructions, metadata.shared, loads, stores)
+def inspected(report: Report) -> Report:
+    """With registers, spills, instructions and access widths of its compiled kernel."""
+    inspect = _inspect_cuda if "cubin" in report.compiled.asm else _inspect_hip
+    registers, spills, instructions, loads, stores = inspect(report.compiled)
+    return replace(
+        report, registers=registers, spills=spills, instructions=instructions, shared=report.compiled.metadata.shared,
+        loads=loads, stores=stores,
+    )  # fmt: skip
 
 
-@functools.cache
-def tool(name: str) -> str:
-    """cuobjdump and nvdisasm come inside Triton's wheel."""
-    (path,) = Path(triton.__file__).parent.rglob(f"bin/{name}")
-    return str(path)
-
-
-@functools.cache
-def _inspect_cuda(cubin: bytes) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run(
-            [tool("cuobjdump"), "-res-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
-        # Without its analysis of the data flow it takes two thirds of the time.
-        command = [tool("nvdisasm"), "-ndf", file.name]
-        sass = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    # Spilled values live on the stack (local memory), which these kernels use for nothing else.
-    spills = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-    # A line of code starts with its address; what fills up the last lines is not counted.
-    instructions = len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?!NOP|\s)", sass, re.MULTILINE))
-    return registers, spills, instructions, _sass_widths(sass, "LDG"), _sass_widths(sass, "STG")
+def _inspect_cuda(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+    cubin = compiled.asm["cubin"]
+    lines = [text for _, text in disassembly.listing(cubin, compiled.metadata.target.arch)]
+    # What fills up the last lines is not counted.
+    instructions = sum(not text.startswith("NOP") for text in lines)
+    sass = "\n".join(lines)
+    return *disassembly.usage(cubin), instructions, _sass_widths(sass, "LDG"), _sass_widths(sass, "STG")
 
 
 def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
@@ -196,8 +183,9 @@ def _sass_widths(sass: str, instruction: str) -> dict[int, int]:
     return widths
 
 
-@functools.cache
-def _inspect_hip(assembly: str) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+def _inspect_hip(compiled: Any) -> tuple[int, int, int, dict[int, int], dict[int, int]]:
+    assembly = compiled.asm["amdgcn"]
+
     def field(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 

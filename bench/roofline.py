@@ -136,7 +136,7 @@ def follow(report: Report) -> tuple[sass.Run, list[torch.Tensor]]:
     cubin = report.compiled.asm["cubin"]
     key = hash(cubin), report.grid, tuple(words.items())
     if key not in _RUNS:
-        code, result = sass.disassemble(cubin), sass.Run()
+        code, result = sass.disassemble(cubin, report.compiled.metadata.target.arch), sass.Run()
         warps = sorted({0, report.warps - 1})
         for places in itertools.product(*(_samples(size).items() for size in report.grid)):
             program = tuple(index for index, _ in places)

@@ -9,17 +9,14 @@ value counts as not taken, in ``Run.guesses``, unless one side is the rare path 
 
 import functools
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from . import integers
+from . import disassembly, integers
 from .lanes import LANES, State, Value, following
-from .offline import tool
 
 #: Offsets in constant bank 0 of sm_90: the grid's sizes, and where a kernel's parameters start.
 GRID, PARAMETERS = 0xC, 0x210
@@ -85,38 +82,22 @@ class Code:
     instructions: list[Instruction]
     #: Addresses by which calls return.
     addresses: dict[int, int]
-    registers: int
-    spills: int
 
 
 @functools.cache
-def disassemble(cubin: bytes) -> Code:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage, text = (
-            subprocess.run([tool(name), *flags, file.name], check=True, capture_output=True, text=True).stdout
-            for name, *flags in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c", "-ndf"))
-        )
-    registers, stack, local = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK", "LOCAL"))
-    return parse(text, registers, stack + local)
-
-
-def parse(text: str, registers: int = 0, spills: int = 0) -> Code:
-    labels, lines = {}, []
-    for line in text.splitlines():
-        if label := re.match(r"\s*(\.L_\w+|\$[\w$]+):", line):
-            labels[label[1]] = len(lines)
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;", line):
-            lines.append(found.groups())
+def disassemble(cubin: bytes, capability: int) -> Code:
+    lines = disassembly.listing(cubin, capability)
+    at = {address: index for index, (address, _) in enumerate(lines)}
     instructions = []
-    for _, guard, name, rest in lines:
+    for _, text in lines:
+        guard, name, rest = re.match(r"(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*)", text).groups()
         base, *modifiers = name.split(".")
-        goes = re.search(r"`\((\.L_\w+|\$[\w$]+)\)", rest)
-        target = labels.get(goes[1]) if goes and base in ("BRA", "CALL", "JMP") else None
+        goes = re.search(r"\b0x[0-9a-f]+$", rest) if base in ("BRA", "CALL", "JMP") else None
+        target = at.get(int(goes[0], 16)) if goes else None
         operands = tuple(word.replace(".reuse", "") for word in re.split(r",\s*", rest) if word)
         instructions.append(Instruction(guard or "PT", base, tuple(modifiers), operands, target))
-    return Code(instructions, {int(line[0], 16): i for i, line in enumerate(lines)}, registers, spills)
+    first = lines[0][0]
+    return Code(instructions, {address - first: index for address, index in at.items()})
 
 
 @dataclass

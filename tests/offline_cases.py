@@ -9,7 +9,7 @@ import itertools
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -49,14 +49,31 @@ LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last
 RECORDED = "sm_90"
 TABLE = Path(__file__).with_name("compiled.csv")
 FIGURES = ("registers", "spills", "instructions")
+TOLD = ("kernel", "warps", *FIGURES, "loads", "stores")
 RELEASE = ".".join(triton.__version__.split(".")[:2])
 
 
-def compile_case(
-    target: str, kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
+def compile_cases(target: str, cases: Iterable[tuple]) -> list[dict]:
+    """A row for each kernel of each case; a case is the arguments of ``launch_case``."""
+    with compiling(target) as reports:
+        ends = [(launch_case(*case), len(reports)) for case in cases]
+    rows, start = [], 0
+    for case, end in ends:
+        launches: Counter = Counter()
+        for report in reports[start:end]:
+            launches[report.kernel] += 1
+            row = {**case, **{field: getattr(report, field) for field in TOLD}, "launch": launches[report.kernel]}
+            rows.append(row | {"rows": getattr(report.arguments.get("BLOCK"), "R", None)})
+        start = end
+    return rows
+
+
+def launch_case(
+    kind: str, shape: tuple, layout: str, dtype: torch.dtype, residual: bool, padding: int = 0,
     width: int = 0, affine: str = "channel", activation: str = "relu", added: bool = False,
     memory_efficient: bool = False,
-) -> list[dict]:  # fmt: skip
+) -> dict:  # fmt: skip
+    """Forward and backward; gives what describes the case."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     if len(shape) == 4:
         x = x.contiguous(memory_format=LAYOUTS[layout])
@@ -77,15 +94,14 @@ def compile_case(
         unit_offset=modulated, return_sum=added, memory_efficient=memory_efficient,
     )  # fmt: skip
     keep_bits = (residual or affine == "element") and activation == "relu"
-    with compiling(target) as reports:
-        y, statistics, bits, total = bound.forward(
-            spec, Operands(x, weight, bias, extra, None, running, running, count, addend), keep_bits
-        )
-        kept = y if memory_efficient else x
-        bound.backward(
-            spec, Operands(kept, weight, bias, extra if bits is None else None), Saved(y, total, statistics, bits),
-            (True, True, bias is not None, residual, False),
-        )  # fmt: skip
+    y, statistics, bits, total = bound.forward(
+        spec, Operands(x, weight, bias, extra, None, running, running, count, addend), keep_bits
+    )
+    kept = y if memory_efficient else x
+    bound.backward(
+        spec, Operands(kept, weight, bias, extra if bits is None else None), Saved(y, total, statistics, bits),
+        (True, True, bias is not None, residual, False),
+    )  # fmt: skip
     case = {"kind": kind, "shape": shape, "layout": layout, "itemsize": dtype.itemsize, "width": width}
     case |= {"affine": affine, "residual": residual, "padding": padding, "added": added}
     case["case"] = " ".join(filter(None, (
@@ -93,17 +109,11 @@ def compile_case(
         padding and f"padding={padding}", width and f"width={width}", affine != "channel" and affine,
         activation != "relu" and activation, added and "added", memory_efficient and "memory_efficient",
     )))  # fmt: skip
-    told = ("kernel", "warps", *FIGURES, "loads", "stores")
-    rows, launches = [], Counter()
-    for report in reports:
-        launches[report.kernel] += 1
-        row = {**case, **{field: getattr(report, field) for field in told}, "launch": launches[report.kernel]}
-        rows.append(row | {"rows": getattr(report.arguments.get("BLOCK"), "R", None)})
-    return rows
+    return case
 
 
 def cases() -> Iterator[tuple]:
-    """Arguments of ``compile_case``, in half precision; float32 and the residual on every other one."""
+    """Arguments of ``launch_case``, in half precision; float32 and the residual on every other one."""
 
     def both(index: int) -> Iterator[tuple]:
         return iter([(torch.float16, index % 2 == 0), (torch.float32, index % 2 == 1)])
@@ -164,13 +174,13 @@ def as_numbers(release: str) -> tuple[int, ...]:
 
 
 def key(row: dict) -> tuple[str, str]:
-    """Of a row of ``compile_case`` in the table."""
+    """Of a row of ``compile_cases`` in the table."""
     return row["case"], f"{row['kernel']} {row['launch']}"
 
 
 def record() -> None:
     """Writes this release's column, and leaves those of others, but for launches that are no more."""
-    rows = [row for case in cases() for row in compile_case(RECORDED, *case)]
+    rows = compile_cases(RECORDED, cases())
     columns = {release: recorded(release) for release in releases()} if TABLE.exists() else {}
     columns[RELEASE] = {key(row): tuple(row[figure] for figure in FIGURES) for row in rows}
     names = sorted(columns, key=as_numbers)
@@ -187,7 +197,6 @@ if __name__ == "__main__":
         sys.exit()
     # A target and which half of the pairs of dtypes: both halves of one target, in two processes, one of each other.
     target, _, half = sys.argv[1].partition("/")
-    for index, case in enumerate(cases()):
-        if index // 2 % 2 == int(half):
-            for row in compile_case(target, *case):
-                print(json.dumps(row))
+    chosen = [case for index, case in enumerate(cases()) if index // 2 % 2 == int(half)]
+    for row in compile_cases(target, chosen):
+        print(json.dumps(row))

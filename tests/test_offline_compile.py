@@ -98,17 +98,16 @@ def test_contraction_is_said_at_every_launch(tmp_path):
     code = """
 import warnings
 warnings.simplefilter("error")
-from unittest import mock
 import offline_cases, torch
 from bench import offline
 
-reports, inspect = [], offline.inspect
-with mock.patch.object(offline, "inspect", lambda compiled: reports.append(compiled) or inspect(compiled)):
-    rows = offline_cases.compile_case("sm_90", "instance", (4, 16, 8, 8), "NCHW", torch.float32, True)
-assert len(rows) == len(reports) > 1
-for compiled in reports:
+with offline.compiling("sm_90") as reports:
+    offline_cases.launch_case("instance", (4, 16, 8, 8), "NCHW", torch.float32, True)
+assert len(reports) > 1
+for report in reports:
     # No lines that name the files of this machine.
-    print(*(line for line in compiled.asm["ptx"].splitlines() if not line.strip().startswith((".loc", ".file"))))
+    ptx = report.compiled.asm["ptx"].splitlines()
+    print(*(line for line in ptx if not line.strip().startswith((".loc", ".file"))))
 """
     texts = []
     for number, value in enumerate((None, "0", "1")):

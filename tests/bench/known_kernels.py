@@ -1,7 +1,6 @@
 """Kernels whose instructions can be counted by hand, and what bench.roofline counts: a script that prints JSON."""
 
 import json
-from dataclasses import replace
 
 import torch
 import triton
@@ -63,7 +62,8 @@ def count(kernel, tiles: int, grid: int, *numbers: int) -> dict:
     arguments = (torch.empty(tiles * BLOCK), torch.empty(grid * BLOCK), *numbers)
     compiled = kernel.warmup(*arguments, BLOCK=BLOCK, grid=(grid, 1, 1), num_warps=1)
     named = dict(zip(kernel.arg_names, (*arguments, BLOCK), strict=True))
-    report = replace(offline.inspect(compiled), grid=(grid, 1, 1), arguments=named, compiled=compiled)
+    report = offline.Report(kernel.__name__, 1, grid=(grid, 1, 1), arguments=named, compiled=compiled)
+    report = offline.inspected(report)
     run, _ = roofline.follow(report)
     return {
         "names": run.names, "pipes": run.pipes, "loaded": run.loaded, "stored": run.stored, "trips": run.trips,
