@@ -46,8 +46,25 @@ SLOW = {
     "test_offline_compile.py", "test_operations.py", "test_parallel.py", "test_sync.py", "test_traffic.py",
     "test_training.py", "test_tune_cli.py", "test_types.py",
 }  # fmt: skip
+#: Files whose first test sets up, for minutes, what all of their tests look at.
+TOGETHER = {"test_parallel.py", "test_sync.py"}
 #: How many cases of any other test, on each backend, are fast.
 FAST_CASES = 1
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """As ever, but files of ``TOGETHER`` are one process's. pytest-xdist's own groups do not work with pytest 9.2."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if Path(file).name in TOGETHER else nodeid
+
+    return Scheduling(config, log)
 
 
 def repeated(items: list[pytest.Item]) -> dict[tuple[str, str | None], list[pytest.Item]]:

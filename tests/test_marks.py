@@ -44,9 +44,9 @@ def test_a_sample_is_the_same_every_time():
     assert conftest.sampled(cases[:4]) == []
 
 
-def test_slow_files_are_there():
+def test_files_are_there():
     names = [path.name for path in Path(conftest.__file__).parent.rglob("test_*.py")]
-    assert {name for name in conftest.SLOW if names.count(name) != 1} == set()
+    assert {name for name in conftest.SLOW | conftest.TOGETHER if names.count(name) != 1} == set()
 
 
 @pytest.mark.parametrize("asked, on_a_gpu", [

@@ -17,9 +17,23 @@ TILED = {
 }  # fmt: skip
 WRITES_TILES = {"persistent_forward", "normalize", "persistent_backward"}
 
+#: The quarters of the cases that are compiled for a GPU every time.
+GPUS = {"sm_90": (0, 1), "sm_80": (2,), "gfx942": (3,)}
 
-@pytest.mark.parametrize("target", ["sm_80/0", "sm_90/0", "sm_90/1", "gfx942/1"])
+
+@pytest.mark.parametrize("target", [f"{name}/{i}" for name, few in GPUS.items() for i in few])
 def test_no_spill_and_full_width(target):
+    """A quarter of the cases for a target. Triton 3.6 is given the two of sm_90 that the newest is not given here."""
+    check(target)
+
+
+@pytest.mark.sample(0)
+@pytest.mark.parametrize("target", [f"{name}/{i}" for name, few in GPUS.items() for i in range(4) if i not in few])
+def test_no_spill_and_full_width_in_all_other_cases(target):
+    check(target)
+
+
+def check(target):
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     environment["PYTHONPATH"] = str(ROOT)
     result = subprocess.run(
@@ -28,7 +42,7 @@ def test_no_spill_and_full_width(target):
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-2000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    # Rows that need column_gradients are in one half.
+    # Rows that need column_gradients are in some quarters alone.
     assert {row["kernel"] for row in rows} >= TILED - {"column_gradients"}
     assert [row for row in rows if row["spills"] > _allowed_spill(row)] == []
     assert [row for row in rows if not _full_width(row)] == []
@@ -110,13 +124,12 @@ for report in reports:
     print(*(line for line in ptx if not line.strip().startswith((".loc", ".file"))))
 """
     texts = []
-    for number, value in enumerate((None, "0", "1")):
+    for number, value in enumerate(("0", "1")):
         environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
         environment |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TRITON_CACHE_DIR": str(tmp_path / str(number))}
-        if value is not None:
-            environment["TRITON_DEFAULT_FP_FUSION"] = value
+        environment["TRITON_DEFAULT_FP_FUSION"] = value
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-2000:]
         texts.append(done.stdout)
-    assert texts[0] == texts[1] == texts[2]
+    assert texts[0] == texts[1]
     assert "fma.rn.f32" in texts[0]

@@ -283,7 +283,7 @@ batch 2x3x4x6 per-sample
 
 def test_every_norm_of_a_shape_file_is_tuned(gpu, capsys):
     Path("shapes.txt").write_text(FILE)
-    assert main(["tune", "--shapes", "shapes.txt", "--dtype", "float32"]) == 0
+    assert main(["tune", "--shapes", "shapes.txt", "--dtype", "float32", "--quick"]) == 0
     labels = set(lines(capsys.readouterr().out))
     forward = {
         "group 2x4x3x2 groups=2 float32 channels_last forward", "layer 3x5 float32 forward residual",

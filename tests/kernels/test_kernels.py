@@ -13,7 +13,7 @@ from triton_norm.geometry import Geometry
 from triton_norm.tuning import plan
 from triton_norm.tuning.plan import Plan, cdiv, power_of_2
 
-SHAPE = (2, 6, 8, 9)
+SHAPE = (2, 3, 8, 9)
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -93,7 +93,7 @@ KERNELS = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-@pytest.mark.sample(20)
+@pytest.mark.sample(14)
 @KERNELS
 @pytest.mark.parametrize(
     "case, name",
@@ -108,6 +108,7 @@ def test_training(backend, force, poison, case, name):
     check(a)
 
 
+@pytest.mark.sample(7)
 @KERNELS
 @pytest.mark.parametrize("activation", ["silu", "prelu", None])
 @pytest.mark.parametrize("name", ["four_rows", "three_programs_a_row"])
@@ -161,19 +162,19 @@ FAMILY = {
     "batch, per element": ("batch", SHAPE, {"form": "element", "unit_offset": True}),
     "instance, per sample": ("instance", SHAPE, {"form": "sample", "unbiased": True}),
     "instance, per element": ("instance", SHAPE, {"form": "element"}),
-    "layer": ("layer", (7, 3, 24), {}),
+    "layer": ("layer", (6, 3, 24), {}),
     "layer over dims": ("layer", (11, 3, 8), {"normalized_shape": (3, 8), "unit_offset": True}),
     "layer, per sample": ("layer", (3, 7, 24), {"leading": (3, 1), "unit_offset": True}),
     "layer, per position": ("layer", (3, 7, 24), {"leading": (7,)}),
     "layer, per token": ("layer", (3, 7, 24), {"leading": (3, 7)}),
-    "layer of a sum": ("layer", (7, 3, 24), {"pre_residual": True, "return_sum": True}),
-    "rms of a sum, per sample": ("rms", (2, 9, 37), {"pre_residual": True, "return_sum": True, "leading": (2, 1)}),
-    "rms": ("rms", (19, 37), {}),
-    "channels": ("channels", (2, 6, 5, 4), {}),
+    "layer of a sum": ("layer", (6, 3, 24), {"pre_residual": True, "return_sum": True}),
+    "rms of a sum, per sample": ("rms", (2, 9, 21), {"pre_residual": True, "return_sum": True, "leading": (2, 1)}),
+    "rms": ("rms", (17, 21), {}),
+    "channels": ("channels", (2, 6, 3, 4), {}),
 }
 
 
-@pytest.mark.sample(28)
+@pytest.mark.sample(20)
 @KERNELS
 @pytest.mark.parametrize("member, name", pairs(FAMILY, lambda turn, plan: turn % 3 == plan))
 def test_family(backend, force, poison, member, name):
@@ -241,6 +242,7 @@ def test_padding(backend, force, poison, kind, name, layout, mode):
     check(a)
 
 
+@pytest.mark.sample(10)
 @KERNELS
 @pytest.mark.parametrize("name, mode, spatial, sides", [
     # Elements that have copies on both sides, and lines that are just long enough for none to have them.
@@ -342,9 +344,9 @@ def test_large_mean(backend, force, kind, name):
     """At mean 1e4 and deviation 1, float32 keeps about three digits of x; E[x²] - E[x]² would keep none."""
     force(PLANS[name])
     generator = torch.Generator().manual_seed(0)
-    x = (torch.randn(4, 3, 16, 16, generator=generator, dtype=torch.float64) + 1e4).float().to(backend.device)
-    torch_norm = {"batch": nn.BatchNorm2d(3, affine=False), "instance": nn.InstanceNorm2d(3)}[kind]
-    ours = {"batch": tn.BatchNorm2d(3, affine=False), "instance": tn.InstanceNorm2d(3)}[kind].to(backend.device)
+    x = (torch.randn(3, 2, 16, 16, generator=generator, dtype=torch.float64) + 1e4).float().to(backend.device)
+    torch_norm = {"batch": nn.BatchNorm2d(2, affine=False), "instance": nn.InstanceNorm2d(2)}[kind]
+    ours = {"batch": tn.BatchNorm2d(2, affine=False), "instance": tn.InstanceNorm2d(2)}[kind].to(backend.device)
     want = torch_norm.double()(x.cpu().double())
     # The mean is kept in float32, where half a unit in the last place of 1e4 is 5e-4.
     torch.testing.assert_close(ours(x).cpu().double(), want, atol=5e-4, rtol=0)

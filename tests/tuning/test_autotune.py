@@ -682,7 +682,7 @@ def channels_last(x):
 LONG = {"contiguous": (1, 2, 40, 64), "channels_last": (1, 3, 48, 64), "odd": (2, 1, 47, 51)}
 
 
-@pytest.mark.sample(5)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "kind, layout",
     [*product(("batch", "instance", "group", "element"), LONG), *product(("layer", "rms", "sum"), ["rows"])],
