@@ -68,6 +68,7 @@ def count(kernel, tiles: int, grid: int, *numbers: int) -> dict:
     return {
         "names": run.names, "pipes": run.pipes, "loaded": run.loaded, "stored": run.stored, "trips": run.trips,
         "guesses": run.guesses, "read": sorted(run.read), "written": sorted(run.written), "row": roofline.model(report),
+        "instructions": report.instructions,
     }  # fmt: skip
 
 

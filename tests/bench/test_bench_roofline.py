@@ -45,6 +45,12 @@ def test_loops_run_as_often_as_on_a_gpu(counted, kernel, name, expected):
     assert counted[kernel]["guesses"] == 0
 
 
+def test_instructions_are_those_of_the_code_alone(counted):
+    """A load, a store, their addresses and a few masks: not what else is in the file, which is many times as long."""
+    assert 10 < counted["part"]["instructions"] < 60
+    assert counted["part"]["instructions"] < counted["multiply_add"]["instructions"] < 200
+
+
 def test_memory_is_counted_by_lanes_and_by_tensor(counted):
     share, part = counted["share"], counted["part"]
     assert (share["loaded"], share["stored"]) == (2.5 * 512, 512)
