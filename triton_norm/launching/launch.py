@@ -18,6 +18,7 @@ import torch
 
 from ..kernels import AVAILABLE, triton
 from ..kernels.activations import identity
+from .interpreter import remember
 
 #: Compiled as written whatever Triton's default: contracting a * b + c is what the accuracy tests have seen.
 OPTIONS = {"enable_fp_fusion": True}
@@ -31,6 +32,9 @@ def _is_known(version: str) -> bool:
     release = tuple(int(part) for part in version.split(".")[:2])
     return KNOWN[0] <= release <= KNOWN[1]
 
+
+if INTERPRETED:
+    remember(triton.runtime.interpreter)
 
 _DIRECT = AVAILABLE and not INTERPRETED and _is_known(triton.__version__)
 
