@@ -5,11 +5,10 @@ what it has to replace there while the kernel runs: more than half of its time. 
 """
 
 import inspect
-from types import ModuleType
 from typing import Any
 
 
-def remember(interpreter: ModuleType) -> bool:
+def remember(interpreter: Any) -> bool:
     """Has ``triton.runtime.interpreter`` look once. False where that release looks in another way, and goes on so."""
     look = getattr(interpreter, "_patch_builtin", None)
     known = callable(look) and [*inspect.signature(look).parameters] == ["pkg", "builder", "scope"]
