@@ -198,6 +198,7 @@ if __name__ == "__main__":
         sys.exit()
     target, _, quarter = sys.argv[1].partition("/")
     # Well mixed, since neighbours are alike.
-    mixed = random.Random(0).sample(list(cases()), k=len(list(cases())))
+    every = list(cases())
+    mixed = random.Random(0).sample(every, k=len(every))
     for row in compile_cases(target, mixed[int(quarter) :: 4]):
         print(json.dumps(row))

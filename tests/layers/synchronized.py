@@ -371,8 +371,6 @@ def _cases() -> dict[str, Callable[[], None]]:
         f"{name}, {backend}": partial(with_backend, backend, case)
         for name, case in cases.items()
         for backend in ("torch", "triton")
-        # Its collectives are the same, and compiling takes long.
-        if (name, backend) != ("compiled", "torch")
     }
 
 

@@ -224,7 +224,7 @@ def _cases() -> dict[str, Callable[[], None]]:
         }
         cases |= {f"{case}, {name}": run for case, run in own.items()}
     by_kernels = (
-        "synchronized", "mixed, synchronized", "ddp, modules", "ddp, channels_last, fused",
+        "synchronized", "mixed, synchronized", "ddp, accumulated, modules", "ddp, channels_last, fused",
         "fully_shard, blocks, fused", "fully_shard, mixed blocks, modules",
     )  # fmt: skip
     both = {f"{case}, torch": partial(with_backend, "torch", run) for case, run in cases.items()}
