@@ -46,30 +46,23 @@ class Backward:
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
         self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
-        plain = operands.empty_like(spec, operands.dense(o.x) if spec.padding != 0 else o.x)
-        self._plain = (plain.shape, plain.stride())
-        # A gradient per element is written where x's is; others are contiguous. Where a gradient lies like what it is
-        # the gradient of, that is the cheapest to say.
-        elementwise = operands.per_element(spec, o.x, o.weight) or operands.per_element(spec, o.x, o.bias)
-        self._dtype = None if spec.dtype is None else residual_gradient(spec, o.x)
-        self._new = empty_like if plain.stride() == empty_like(o.x).stride() else self._like_plain
-        contiguous = all(p is None or p.is_contiguous() for p in (o.weight, o.bias))
-        self._new_affine = self._like_plain if elementwise else empty_like if contiguous else _contiguous
-        self._slope = None if o.slope is None else (o.x.shape[1], o.slope.numel())
+        gradients, plain = self._allocate(spec, o, self.wanted)
+        self._shared_slope = gradients.slope is not None and gradients.slope.numel() != o.x.shape[1]
+        if self._shared_slope:
+            gradients = gradients._replace(slope=o.slope.new_empty(o.x.shape[1]))
+        self._gradients = [None if g is None else operands.template(g) for g in gradients]
+        self._plain = operands.template(plain)
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
         self._steps = _bind(type(self), spec, *tidy, plain, self.wanted, plans)
 
-    def _like_plain(self, t: Tensor) -> Tensor:
-        return t.new_empty_strided(*self._plain)
-
-    def _new_residual(self, x: Tensor) -> Tensor:
-        return self._new(x) if self._dtype is None else x.new_empty_strided(*self._plain, dtype=self._dtype)
+    @staticmethod
+    def _allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+        return allocate(spec, o, wanted)
 
     def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
-        plain = self._like_plain(o.x)
+        plain, dy = self._plain, saved.dy
         o = operands.tidied(self.spec, o, plain)
-        dy = saved.dy
         if self.spec.padding == 0:
             # Only the sum's gradient came.
             dy = torch.zeros_like(plain, dtype=self.spec.result(o.x)) if dy is None else operands.like(dy, plain)
@@ -79,19 +72,18 @@ class Backward:
         return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
     def __call__(self, o: tuple, saved: tuple) -> tuple:
-        x, weight, bias, _, slope = o[:5]
-        wanted = self.wanted
+        x, weight, bias, residual, slope = self._gradients
         g = (
-            self._new(x) if wanted.x else None,
-            self._new_affine(weight) if wanted.weight else None,
-            self._new_affine(bias) if wanted.bias else None,
-            self._new_residual(x) if wanted.residual else None,
-            slope.new_empty(self._slope[0]) if wanted.slope else None,
+            None if x is None else empty_like(x),
+            None if weight is None else empty_like(weight),
+            None if bias is None else empty_like(bias),
+            None if residual is None else empty_like(residual),
+            None if slope is None else empty_like(slope),
         )
         if self._tidy:
             o, saved = self._tidied(Operands(*o), Saved(*saved))
         self._steps(o, saved, g)
-        if wanted.slope and self._slope[0] != self._slope[1]:
+        if self._shared_slope:
             return (*g[:4], g[4].sum(0, keepdim=True))
         return g
 
@@ -104,15 +96,9 @@ class Sums(Backward):
     unless these are per element, and of slope.
     """
 
-    def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        super().__init__(spec, o, saved, wanted, plans)
-        self._new = partial(new_sums, o.slope)
-
-
-def new_sums(slope: Tensor | None, x: Tensor) -> Tensor:
-    """What ``Sums`` are written to."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return x.new_empty((2 if slope is None else 3, x.shape[1]), dtype=dtype)
+    @staticmethod
+    def _allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+        return allocate_sums(spec, o, wanted)
 
 
 def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
@@ -120,8 +106,30 @@ def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, spec.result(x))
 
 
-def _contiguous(p: Tensor) -> Tensor:
-    return empty_like(p, memory_format=torch.contiguous_format)
+def allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+    """The gradients, and a tensor that lies like that of x; also of fake and meta operands."""
+    x = o.x
+    plain = operands.empty_like(spec, operands.dense(x) if spec.padding != 0 else x)
+    elementwise = operands.per_element(spec, x, o.weight) or operands.per_element(spec, x, o.bias)
+
+    def parameter(p: Tensor) -> Tensor:
+        # One per element is written where x's is; others are contiguous.
+        return empty_like(plain, dtype=p.dtype) if elementwise else p.new_empty(p.shape)
+
+    makers = (
+        lambda: empty_like(plain), lambda: parameter(o.weight), lambda: parameter(o.bias),
+        lambda: empty_like(plain, dtype=residual_gradient(spec, x)), lambda: o.slope.new_empty(o.slope.shape),
+    )  # fmt: skip
+    return Gradients(*(make() if want else None for make, want in zip(makers, wanted, strict=True))), plain
+
+
+def allocate_sums(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+    """Likewise for ``Sums``."""
+    gradients, plain = allocate(spec, o, (False, *wanted[1:]))
+    if wanted[0]:
+        sizes = (2 if o.slope is None else 3, o.x.shape[1])
+        gradients = gradients._replace(x=o.x.new_empty(sizes, dtype=torch.promote_types(o.x.dtype, torch.float32)))
+    return gradients, plain
 
 
 def _bind(

@@ -49,19 +49,8 @@ class Forward:
     def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
         self.spec = spec
         first, plain = allocate(spec, o, keep_bits)
-        s = first.statistics
-        self._statistics = 0 if s is None else s.numel()
-        self._dtype = None if s is None or s.dtype == o.x.dtype else s.dtype
-        self._bits = 0 if first.bits is None else first.bits.numel()
-        # Where a result lies like x, that is the cheapest to say.
-        same = first.y.shape == o.x.shape and first.y.stride() == empty_like(o.x).stride()
-        self._y = None if same and spec.dtype is None else (first.y.shape, first.y.stride())
-        self._out = first.y.dtype
-        self._plain_strides = plain.stride()
-        self._new_second = None
-        if first.second is not None:
-            alike = first.second.dtype == o.x.dtype and plain.stride() == empty_like(o.x).stride()
-            self._new_second = empty_like if alike else self._like_plain_in(first.second.dtype)
+        self._results = [None if t is None else operands.template(t) for t in first]
+        self._plain = operands.template(plain)
         tidy = operands.tidied(spec, o, plain)
         self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
         # Instances share their channel's running statistics, so those are averaged from the rows' afterwards.
@@ -78,32 +67,22 @@ class Forward:
         self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
 
     def __call__(self, o: tuple) -> tuple:
-        x = o[0]
-        y = empty_like(x) if self._y is None else x.new_empty_strided(*self._y, dtype=self._out)
-        statistics = bits = second = None
-        if self._statistics:
-            size, dtype = self._statistics, self._dtype
-            statistics = x.new_empty(size) if dtype is None else x.new_empty(size, dtype=dtype)
-        if self._bits:
-            bits = x.new_empty(self._bits, dtype=torch.uint8)
-        if self._new_second is not None:
-            second = self._new_second(x)
-        r = (y, statistics, bits, second)
+        y, statistics, bits, second = self._results
+        r = (
+            empty_like(y),
+            None if statistics is None else empty_like(statistics),
+            None if bits is None else empty_like(bits),
+            None if second is None else empty_like(second),
+        )
         if self._only_launches:
             self._steps(o, r)
         else:
             self._with_all_else(Operands(*o), r)
         return r
 
-    def _like_plain(self, x: Tensor) -> Tensor:
-        return x.new_empty_strided(x.shape, self._plain_strides)
-
-    def _like_plain_in(self, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-        return lambda x: x.new_empty_strided(x.shape, self._plain_strides, dtype=dtype)
-
     def _with_all_else(self, o: Operands, r: tuple) -> None:
         if self._tidy:
-            o = operands.tidied(self.spec, o, self._like_plain(o.x))
+            o = operands.tidied(self.spec, o, self._plain)
         if self._counts:
             o.count.add_(1)
             if self.spec.momentum is not None:

@@ -80,6 +80,16 @@ def empty_padded(spec: Spec, x: Tensor) -> Tensor:
     return torch.empty((*x.shape[:2], *spatial), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
+def template(tensor: Tensor) -> Tensor:
+    """The tensor without its memory. ``torch.empty_like`` of it makes another like the tensor was.
+
+    All that calls allocate they make so: it takes less than to say sizes and strides, and what the CPU has in its
+    caches for the first of a call's results it has for the others.
+    """
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
 def _channels_last(x: Tensor) -> torch.memory_format | None:
     memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     return memory_format if memory_format and x.is_contiguous(memory_format=memory_format) else None

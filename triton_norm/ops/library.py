@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..launching import bound
-from ..launching.backward import Saved, Sums, new_sums, residual_gradient
+from ..launching.backward import Saved, Sums, allocate_sums
+from ..launching.backward import allocate as allocate_gradients
 from ..launching.forward import Results, allocate
-from ..launching.operands import dense, empty_like, per_element
 from ..spec import Operands, Spec
 
 NAMESPACE = "triton_norm"
@@ -72,19 +72,8 @@ def _backward(
 def _backward_fake(
     dy, dsecond, x, weight, bias, residual, slope, mean, variance, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
-    asked = Spec.read(spec)
-    like_y = empty_like(asked, dense(x) if asked.padding != 0 else x)
-    elementwise = per_element(asked, x, weight) or per_element(asked, x, bias)
-
-    def parameter(p: Tensor) -> Tensor:
-        return torch.empty_like(like_y, dtype=p.dtype) if elementwise else p.new_empty(p.shape)
-
-    makers = (
-        lambda: torch.empty_like(like_y), lambda: parameter(weight), lambda: parameter(bias),
-        lambda: torch.empty_like(like_y, dtype=residual_gradient(asked, x)),
-        lambda: slope.new_empty(slope.shape),
-    )  # fmt: skip
-    return [make() for make, want in zip(makers, wanted, strict=True) if want]
+    found, _ = allocate_gradients(Spec.read(spec), Operands(x, weight, bias, residual, slope, mean, variance), wanted)
+    return [t for t in found if t is not None]
 
 
 def _sums(
@@ -98,8 +87,8 @@ def _sums(
 def _sums_fake(
     dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
-    made = (new_sums(slope, x), *(None if p is None else p.new_empty(p.shape) for p in (weight, bias, None, slope)))
-    return [t for t, want in zip(made, wanted, strict=True) if want]
+    found, _ = allocate_sums(Spec.read(spec), Operands(x, weight, bias, residual, slope), wanted)
+    return [t for t in found if t is not None]
 
 
 def _moments_fake(x: Tensor) -> Tensor:
