@@ -113,9 +113,9 @@ class Launch:
         ):  # fmt: skip
             self._launch(pointers)
         elif self._packs:
-            run(*self._before, self._stream(device or 0), *self._behind, pointers + self._constants)
+            run(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._constants,)))
         else:
-            run(*self._before, self._stream(device or 0), *self._behind, *pointers, *self._constants)
+            run(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._constants))
 
     def _launch(self, pointers: tuple) -> None:
         """As Triton's users launch, on the device where the tensors are; and keeps what that compiled.

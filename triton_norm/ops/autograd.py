@@ -116,11 +116,11 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settled: tuple, *given: Tensor | None):
-        call, *running = settled
+        call, mean, var, count = settled
         if call.addend is None:
-            o = (*given, *_NO_OPERANDS[len(given)], *running, None)
+            o = (*given, *_NO_OPERANDS[len(given)], mean, var, count, None)
         else:
-            o = (*given[:INPUTS], *running, given[INPUTS])
+            o = (*given[:INPUTS], mean, var, count, given[INPUTS])
         y, statistics, bits, second = (call._training or call._bind_forward(o, True))(o)
         ctx.kept = call, statistics, bits
         if call.spec.memory_efficient:
