@@ -140,9 +140,9 @@ def _pass(bound: Sequence[Call], launches: Sequence[Call], watch: Stopwatch) -> 
 def _forward_parts(forward: Callable[[], object], total: float, watch: Stopwatch) -> tuple[dict[str, float], int]:
     with (
         recording(Activated, "_run") as asked,
-        recording(Kernels, "__call__") as found,
-        recording(Forward, "__call__") as bound,
-        recording(Launch, "__call__") as launches,
+        recording(Kernels, "run") as found,
+        recording(Forward, "run") as bound,
+        recording(Launch, "run") as launches,
     ):
         forward()
     looked_up, differentiable = watch.all(asked), watch.all(found)
@@ -157,8 +157,8 @@ def _backward_parts(backward: Callable[[], object], total: float, watch: Stopwat
     with (
         torch.enable_grad(),
         recording(Kernels, "backward") as found,
-        recording(Backward, "__call__") as bound,
-        recording(Launch, "__call__") as launches,
+        recording(Backward, "run") as bound,
+        recording(Launch, "run") as launches,
     ):
         backward()
     looked_up = watch.all(found)

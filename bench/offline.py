@@ -115,7 +115,7 @@ def compiling(target: str) -> Iterator[list[Report]]:
     """
     reports: list[Report] = []
 
-    def compile_only(launch: Launch, *pointers: torch.Tensor | None) -> None:
+    def compile_only(launch: Launch, pointers: tuple[torch.Tensor | None, ...]) -> None:
         kernel, arguments = launch._kernel, (*pointers, *launch._constants)
         named = dict(zip(kernel.arg_names, arguments, strict=True))
         compiled, failed = None, ""
@@ -135,7 +135,7 @@ def compiling(target: str) -> Iterator[list[Report]]:
     # A change of the mode also has calls forgotten that were bound for another target.
     with (
         autotune.mode("0"),
-        mock.patch.object(Launch, "__call__", compile_only),
+        mock.patch.object(Launch, "run", compile_only),
         mock.patch.object(devices, "device", lambda index: TARGETS[target].device),
     ):
         yield reports

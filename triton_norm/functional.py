@@ -127,7 +127,7 @@ def batch_norm(
         "batch", None, training, momentum, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
         0, named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
+    return normalize(spec, (input, weight, bias, residual, slope, running_mean, running_var, None, None))
 
 
 @overload
@@ -203,7 +203,7 @@ def instance_norm(
         "instance", None, use_input_stats, momentum, eps, name, numbers, padding, padding_mode, return_unpadded,
         unit_offset, int(unbiased), named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, bias, residual, slope, running_mean, running_var, None)
+    return normalize(spec, (input, weight, bias, residual, slope, running_mean, running_var, None, None))
 
 
 @overload
@@ -268,7 +268,7 @@ def group_norm(
         "group", num_groups, True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded, unit_offset,
         0, named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, bias, residual, slope, None, None, None)
+    return normalize(spec, (input, weight, bias, residual, slope, None, None, None, None))
 
 
 @overload
@@ -344,7 +344,7 @@ def layer_norm(
         "layer", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
         return_sum=return_sum, memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, bias, residual, slope, None, None, None, pre_residual)
+    return normalize(spec, (input, weight, bias, residual, slope, None, None, None, pre_residual))
 
 
 @overload
@@ -405,7 +405,7 @@ def rms_norm(
         "rms", hashable(normalized_shape), True, 0.0, eps, name, numbers, unit_offset=unit_offset, dtype=named(dtype),
         return_sum=return_sum, memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, None, residual, slope, None, None, None, pre_residual)
+    return normalize(spec, (input, weight, None, residual, slope, None, None, None, pre_residual))
 
 
 def channel_norm(
@@ -429,7 +429,7 @@ def channel_norm(
         "channels", hashable(normalized_shape), True, 0.0, eps, name, numbers, padding, padding_mode, return_unpadded,
         dtype=named(dtype), memory_efficient=memory_efficient,
     )  # fmt: skip
-    return normalize(spec, input, weight, bias, residual, slope, None, None, None)
+    return normalize(spec, (input, weight, bias, residual, slope, None, None, None, None))
 
 
 def hashable(normalized_shape: Any) -> Any:

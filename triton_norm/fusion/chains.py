@@ -189,9 +189,9 @@ def call_function(
     if affine is not None and (behind is None or _is_like(behind, x, spec.result(x))):
         if affine.offset:
             spec = spec.but(unit_offset=True)
-        return normalize(spec, x, affine.weight, affine.bias, behind, slope, *running)
+        return normalize(spec, (x, affine.weight, affine.bias, behind, slope, *running))
     plain = spec.but(activation="identity", parameters=(), padding=0, return_unpadded=False)
-    y, total = normalize(plain, x, weight, bias, None, None, *running), None
+    y, total = normalize(plain, (x, weight, bias, None, None, *running)), None
     if keeps_sum:
         y, total = y
     if modulation is not None:

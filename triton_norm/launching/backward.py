@@ -40,8 +40,8 @@ class Backward:
 
     ``wanted`` says which gradients of x, weight, bias, residual and slope to give. The residual is needed only where
     the activation's derivative depends on it and there are no bits. Without activation and padding the residual's
-    gradient is dy, which nobody needs to ask for. Called with tuples in the order of ``Operands`` and ``Saved``; gives
-    one in the order of ``Gradients``.
+    gradient is dy, which nobody needs to ask for. ``run`` takes tuples in the order of ``Operands`` and ``Saved``, and
+    gives one in the order of ``Gradients``.
     """
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
@@ -71,7 +71,7 @@ class Backward:
             dy = padded.zero_() if dy is None else operands.like(dy, padded)
         return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
-    def __call__(self, o: tuple, saved: tuple) -> tuple:
+    def run(self, o: tuple, saved: tuple) -> tuple:
         x, weight, bias, residual, slope = self._gradients
         g = (
             None if x is None else empty_like(x),
@@ -160,7 +160,7 @@ def _on_scratch(
     o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
 
     def with_plan(plan: Plan) -> Callable[[], object]:
-        return partial(kind(spec, o, saved, wanted, tiling.on_trial(problem, plan)), o, saved)
+        return partial(kind(spec, o, saved, wanted, tiling.on_trial(problem, plan)).run, o, saved)
 
     return with_plan
 
@@ -192,10 +192,10 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
         elif not writes_affine:
             dweight = dbias = None
         totals = None if finish is None else x.new_empty(size, dtype=dtype)
-        launch(
+        launch.run((
             x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
-        )  # fmt: skip
+        ))  # fmt: skip
         if parts is not None:
             shares.sum(parts, g)
         if finish is not None:
@@ -215,10 +215,10 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
         partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
-        launch(
+        launch.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
             o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
-        )  # fmt: skip
+        ))  # fmt: skip
         if finish is not None:
             finish(partials, g)
 
@@ -244,13 +244,13 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         partials = o.x.new_empty(size, dtype=dtype)
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
-        first(o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of)
+        first.run((o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of))
         earlier = partials if combine is None else combine(partials, o, g)
         if last is not None:
-            last(
+            last.run((
                 o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), *beside, earlier, None,
                 *affine_of,
-            )  # fmt: skip
+            ))  # fmt: skip
         if finish is not None:
             finish(partials, g)
         if columns is not None:
@@ -273,12 +273,12 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
         partials = o.x.new_empty(planes * splits * rows, dtype=dtype)
-        first(
+        first.run((
             o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
             partials, o.weight, o.bias, o.slope,
-        )  # fmt: skip
+        ))  # fmt: skip
         if not by_sample:
-            total(partials, g.x, *g.of_rows(affine))
+            total.run((partials, g.x, *g.of_rows(affine)))
             return
         total(partials, o.weight, g.x)
         if finish is not None:
@@ -294,10 +294,10 @@ def _summed(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
         statistics, totals = saved.statistics.view(2, -1)
-        last(
+        last.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, False), o.residual, saved.bits,
             statistics, None, None, totals, None, o.weight, o.bias, o.slope,
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return steps
 
@@ -339,7 +339,7 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
 
     def combine(partials: Tensor, o: Operands, g: Gradients) -> Tensor:
         totals = partials.new_empty(planes * width, dtype=dtype)
-        launch(partials, totals, *(g.of_rows(affine) if settles else (None, None, None)))
+        launch.run((partials, totals, *(g.of_rows(affine) if settles else (None, None, None))))
         return totals
 
     return combine, settles
@@ -361,7 +361,7 @@ def _long_columns(t: Tiling, affine: Affine) -> Callable[[Operands, Saved, Gradi
 
     def run(o: Operands, saved: Saved, g: Gradients) -> None:
         dweight, dbias, parts = shares.empty(g)
-        launch(o.x, saved.dy, dweight, dbias, o.residual, saved.bits, saved.statistics, o.weight, o.bias)
+        launch.run((o.x, saved.dy, dweight, dbias, o.residual, saved.bits, saved.statistics, o.weight, o.bias))
         if parts is not None:
             shares.sum(parts, g)
 

@@ -34,7 +34,7 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     call = _forwards.get(key)
     if call is None:
         call = bound(lambda plans: Forward(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
-    return Results(*call(o))
+    return Results(*call.run(o))
 
 
 def backward(
@@ -46,7 +46,7 @@ def backward(
     call = calls.get(key)
     if call is None:
         call = bound(lambda plans: kind(spec, o, saved, wanted, plans), lambda call: calls.keep(key, call))
-    return Gradients(*call(o, saved))
+    return Gradients(*call.run(o, saved))
 
 
 def moments(x: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def moments(x: Tensor) -> Tensor:
     call = _moments.get(key)
     if call is None:
         call = bound(lambda plans: Moments(x, plans), lambda call: _moments.keep(key, call))
-    return call(x)
+    return call.run(x)
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

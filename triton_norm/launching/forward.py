@@ -43,7 +43,7 @@ _NONE = (None, None, None)
 class Forward:
     """A forward pass of operands that lie like those that it was made from.
 
-    Called with a tuple of such operands, in the order of ``Operands``; gives one in the order of ``Results``.
+    ``run`` takes a tuple of such operands, in the order of ``Operands``, and gives one in the order of ``Results``.
     """
 
     def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
@@ -66,7 +66,7 @@ class Forward:
         self._only_launches = not (self._tidy or self._counts or self._averages)
         self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
 
-    def __call__(self, o: tuple) -> tuple:
+    def run(self, o: tuple) -> tuple:
         y, statistics, bits, second = self._results
         r = (
             empty_like(y),
@@ -112,7 +112,7 @@ class Moments:
 
         def trial(problem: Problem) -> Callable[[Plan], Callable[[], object]]:
             (like_x,) = scratch([layout], problem.device)
-            return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)), like_x)
+            return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)).run, like_x)
 
         t = tiling.cut(
             _BATCH,
@@ -128,7 +128,7 @@ class Moments:
         self._dtype, self._others = t.dtype, x.numel() // x.shape[1] - 1
         self._take = _statistics(t, True, False, True)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def run(self, x: Tensor) -> Tensor:
         if self._copies:
             x = operands.empty_like(_BATCH, x).copy_(x)
         statistics = x.new_empty((3, x.shape[1]), dtype=self._dtype)
@@ -192,9 +192,9 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
     def steps(o: tuple, r: tuple) -> None:
         x, weight, bias, residual, slope, mean, var, count, addend = o
         y, statistics, bits, second = r
-        launch(
-            x, addend, y, residual, bits, second, statistics, weight, bias, slope,
-            *((mean, var, count) if updates else _NONE),
+        launch.run(
+            (x, addend, y, residual, bits, second, statistics, weight, bias, slope)
+            + ((mean, var, count) if updates else _NONE)
         )  # fmt: skip
 
     return steps
@@ -226,10 +226,10 @@ def _split(
         if addend is not None:
             x, second = r[3], None
         mean, variance, _ = running if given else _NONE
-        launch(
+        launch.run((
             x, y, residual, bits, second, partials, statistics, mean, variance, weight, bias, slope,
             *(running if updates else _NONE),
-        )  # fmt: skip
+        ))  # fmt: skip
 
     return steps
 
@@ -254,10 +254,10 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
     def take(o: tuple, r: tuple) -> Tensor | None:
         x, addend, statistics = o[0], o[8], r[1]
         partials = x.new_empty(size, dtype=dtype)
-        first(x, partials, addend, None if addend is None else r[3])
+        first.run((x, partials, addend, None if addend is None else r[3]))
         if not finalize:
             return partials
-        second(partials, statistics, *(o[5:8] if updates else _NONE))
+        second.run((partials, statistics, *(o[5:8] if updates else _NONE)))
         return None
 
     return take
@@ -276,6 +276,6 @@ def _on_scratch(spec: Spec, layouts: list, keep_bits: bool, problem) -> Callable
     def with_plan(plan: Plan) -> Callable[[], object]:
         call = Forward(spec, o, keep_bits, tiling.on_trial(problem, plan))
         # Running statistics and count are results too.
-        return lambda: (*call(o), *o[5:8])
+        return lambda: (*call.run(o), *o[5:8])
 
     return with_plan

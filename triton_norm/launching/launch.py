@@ -89,8 +89,8 @@ class Launch:
     which ones 16 divides, nor their dtypes. Errors are Triton's.
     """
 
-    __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_grid", "_kernel", "_options", "_packs",
-                 "_run", "_stream")  # fmt: skip
+    __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_kernel", "_options",
+                 "_packs", "_stream")  # fmt: skip
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
@@ -101,21 +101,21 @@ class Launch:
         if ctas > 1:
             # Not said otherwise: Triton before 3.9 knows no clusters for these kernels.
             self._options["num_ctas"] = ctas
-        self._run: Any = None
+        self._entry: Any = None
 
-    def __call__(self, *pointers: torch.Tensor | None) -> None:
-        run, device = self._run, self._device
+    def run(self, pointers: tuple[torch.Tensor | None, ...]) -> None:
+        entry, device = self._entry, self._device
         if (
-            run is None
+            entry is None
             or _ENTER_CALLS or _RUNTIME.launch_enter_hook is not _ENTER
             or _LEAVE_CALLS or _RUNTIME.launch_exit_hook is not _LEAVE
             or (device is not None and device != torch._C._cuda_getDevice())
         ):  # fmt: skip
             self._launch(pointers)
         elif self._packs:
-            run(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._constants,)))
+            entry(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._constants,)))
         else:
-            run(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._constants))
+            entry(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._constants))
 
     def _launch(self, pointers: tuple) -> None:
         """As Triton's users launch, on the device where the tensors are; and keeps what that compiled.
@@ -127,10 +127,10 @@ class Launch:
             return
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
-            if _DIRECT and self._run is None:
+            if _DIRECT and self._entry is None:
                 entry = Entry.of(compiled, self._grid, (*pointers, *self._constants))
-                # What is kept here must be there before ``_run`` says so: another thread may be launching.
+                # What is kept here must be there before ``_entry`` says so: another thread may be launching.
                 self._compiled = compiled
                 _, self._before, self._behind, self._packs = entry
                 self._stream = triton.runtime.driver.active.get_current_stream
-                self._run = entry.function
+                self._entry = entry.function

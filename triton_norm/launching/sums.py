@@ -37,7 +37,7 @@ class Gradients(NamedTuple):
 
 
 def column_sums(t: Tiling, length: int, width: int, planes: int = 0) -> Launch:
-    """Sums (planes, length, width) over length; called with source, totals (planes, width) and three outputs."""
+    """Sums (planes, length, width) over length; run with source, totals (planes, width) and three outputs."""
     # A memory sector of each row at least. Narrower blocks are more programs, each of which waits for fewer loads.
     narrow = cdiv(width, 16) < t.work.device.multiprocessors
     block_m = min(power_of_2(width), 8 if narrow else 16)
@@ -69,7 +69,7 @@ def shared_sums(t: Tiling, affine: Affine) -> Callable[..., Tensor]:
     def run(partials: Tensor, weight: Tensor | None, totals: Tensor | None = None) -> Tensor:
         if totals is None:
             totals = torch.empty(2 * sets, dtype=t.dtype, device=partials.device)
-        launch(partials, totals, weight if weighted else None)
+        launch.run((partials, totals, weight if weighted else None))
         return totals
 
     return run
@@ -80,15 +80,15 @@ def parameter_gradients(t: Tiling, affine: Affine, splits: int) -> Callable[[Ten
     rows, channels = t.geometry.rows, t.geometry.channels
     by_channel = column_sums(t, splits * rows // channels, channels)
     if affine.per_sample is None:
-        return lambda sums, g: by_channel(sums, None, *Gradients(*g).of_rows(affine))
+        return lambda sums, g: by_channel.run((sums, None, *Gradients(*g).of_rows(affine)))
     by_row = column_sums(t, splits, rows)
 
     def run(sums: Tensor, g: tuple) -> None:
         g = Gradients(*g)
         if g.weight is not None or g.bias is not None:
-            by_row(sums, None, g.weight, g.bias, None)
+            by_row.run((sums, None, g.weight, g.bias, None))
         if g.slope is not None:
-            by_channel(sums[2 * splits * rows :], None, g.slope, None, None)
+            by_channel.run((sums[2 * splits * rows :], None, g.slope, None, None))
 
     return run
 
@@ -121,4 +121,4 @@ class Shares(NamedTuple):
 
     def sum(self, parts: Tensor, g: tuple) -> None:
         _, weight, bias, *_ = g
-        self.launch(parts, None, weight, bias, None)
+        self.launch.run((parts, None, weight, bias, None))

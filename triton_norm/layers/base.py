@@ -90,7 +90,7 @@ class Activated(nn.Module):
             dtype if dtype is None else named(dtype), return_sum, None,
             self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
-        return self._run(spec, input, weight, bias, residual, slope, mean, var, count, pre_residual)
+        return self._run(spec, (input, weight, bias, residual, slope, mean, var, count, pre_residual))
 
     #: What a call comes to. A norm that does something else with it overrides this.
     _run = staticmethod(normalize)

@@ -69,11 +69,11 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         super()._check_input_dim(input)
         self._check_non_zero_input_channels(input)
 
-    def _run(self, spec: tuple, x: Tensor, *operands: Tensor | None) -> Result:
+    def _run(self, spec: tuple, operands: tuple) -> Result:
         group = self._peers() if self.training else None
         if group is not None:
             spec = Spec(*spec).but(process_group=group)
-        return normalize(spec, x, *operands)
+        return normalize(spec, operands)
 
     def _peers(self) -> str | None:
         """The name of the process group to synchronize with, if there is more than one rank in it."""

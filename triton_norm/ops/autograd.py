@@ -25,7 +25,8 @@ _NOT_SAVED = tuple((None,) * (7 - n) for n in range(8))
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_asked", "_backwards", "_given", "_inference", "_passes_on", "_training", "addend", "spec")
+    __slots__ = ("_asked", "_backwards", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend",
+                 "spec")  # fmt: skip
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self._asked = spec
@@ -35,28 +36,24 @@ class Kernels:
         self.addend = None if o.pre_residual is None else o.pre_residual.dtype
         # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
+        differentiable = (*o[:INPUTS], o.pre_residual)
+        # Which operands require gradients is among what calls like this one have in common; the grad mode is not.
+        self._differentiable = any(t is not None and t.requires_grad for t in differentiable)
         # autograd takes its time with every argument, so it is not given those that end in nothing.
         self._given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
         self._training: Forward | None = None
         self._inference: Forward | None = None
         self._backwards: dict[tuple, Backward] = {}
 
-    def __call__(self, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
-        x, weight, bias, residual, slope, mean, var, count, addend = operands
-        if is_grad_enabled() and (
-            x.requires_grad
-            or (weight is not None and weight.requires_grad)
-            or (bias is not None and bias.requires_grad)
-            or (residual is not None and residual.requires_grad)
-            or (slope is not None and slope.requires_grad)
-            or (addend is not None and addend.requires_grad)
-        ):
-            if addend is None:
-                return _apply((self, mean, var, count), *operands[: self._given])
-            both = _apply((self, mean, var, count), *operands[:INPUTS], addend)
-            return both if self._asked.return_sum else both[0]
-        y, _, _, second = (self._inference or self._bind_forward(operands, False))(operands)
-        return y if second is None else (y, second)
+    def run(self, operands: tuple) -> Tensor | tuple[Tensor, Tensor]:
+        if not (self._differentiable and is_grad_enabled()):
+            y, _, _, second = (self._inference or self._bind_forward(operands, False)).run(operands)
+            return y if second is None else (y, second)
+        _, _, _, _, _, mean, var, count, addend = operands
+        if addend is None:
+            return _apply((self, mean, var, count), *operands[: self._given])
+        both = _apply((self, mean, var, count), *operands[:INPUTS], addend)
+        return both if self._asked.return_sum else both[0]
 
     def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
         o, name = Operands(*operands), "_training" if differentiable else "_inference"
@@ -104,7 +101,7 @@ class Kernels:
                 lambda plans: Backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted), plans),
                 lambda call: self._backwards.__setitem__(key, call),
             )
-        return call(o, saved)
+        return call.run(o, saved)
 
 
 def _all_wanted(wanted: tuple[bool, ...]) -> tuple[bool, ...]:
@@ -121,7 +118,7 @@ class _Normalize(torch.autograd.Function):
             o = (*given, *_NO_OPERANDS[len(given)], mean, var, count, None)
         else:
             o = (*given[:INPUTS], mean, var, count, given[INPUTS])
-        y, statistics, bits, second = (call._training or call._bind_forward(o, True))(o)
+        y, statistics, bits, second = (call._training or call._bind_forward(o, True)).run(o)
         ctx.kept = call, statistics, bits
         if call.spec.memory_efficient:
             ctx.save_for_backward(*saved_of(call.spec, (y, *o[1:]), None))

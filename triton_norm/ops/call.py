@@ -26,7 +26,8 @@ from . import backend, ranks, recovered, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
 Result = Tensor | tuple[Tensor, Tensor]
-Call = Callable[..., Any]
+#: From a tuple in the order of ``Operands``. Python enters a function of fixed arguments without a detour through C.
+Call = Callable[[tuple], Any]
 
 #: What torch's rms_norm adds without eps: the machine's precision in the dtype that it computes in.
 _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps for dtype in DTYPES}
@@ -34,22 +35,17 @@ _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps fo
 _calls = Table()
 
 
-def normalize(
-    spec: tuple, x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, slope: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, count: Tensor | None,
-    pre_residual: Tensor | None = None,
-) -> Result:  # fmt: skip
+def normalize(spec: tuple, operands: tuple) -> Result:
     """``pad(activation(norm(x + pre_residual) * weight + bias + residual))`` as ``spec`` says; a pair with
     ``return_unpadded`` or ``return_sum``.
 
-    ``spec`` is a ``Spec`` or a tuple in its order, which takes less to make, and the operands are in that of
-    ``Operands``. Where statistics are taken, ``count`` counts this batch. Raises torch's
-    own errors, and ``ValueError`` for an unsuitable residual, affine or padding mode; running statistics and ``count``
-    are unchanged then.
+    ``spec`` and ``operands`` are a ``Spec`` and ``Operands``, or tuples in their order, which take less to make. Where
+    statistics are taken, ``count`` counts this batch. Raises torch's own errors, and ``ValueError`` for an unsuitable
+    residual, affine or padding mode; running statistics and ``count`` are unchanged then.
     """
-    operands = (x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual)
     if is_compiling() or in_forward_mode():
-        return _settle(Spec(*spec), Operands(*operands), is_traced=True)(*operands)
+        return _settle(Spec(*spec), Operands(*operands), is_traced=True)(operands)
+    x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual = operands
     # Written out: as a loop this takes twice as long, and it is most of what a call costs here.
     call = None
     try:
@@ -92,7 +88,7 @@ def normalize(
         call = _settle(Spec(*spec), o, is_traced)
         if key is not None and not is_traced:
             _calls.keep(key, with_alike(_calls.get(key, ()), tensors, call))
-    return call(*operands)
+    return call(operands)
 
 
 def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
@@ -102,14 +98,14 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
     """
     if spec.return_sum and o.pre_residual is None:
         bare = spec.but(return_sum=False)
-        return lambda x, *rest: (normalize(bare, x, *rest), x)
+        return lambda operands: (normalize(bare, operands), operands[0])
     if spec.argument is not None and isinstance(o.x, Tensor):
         halves = any(isinstance(t, Tensor) and t.dtype in HALF for t in (o.x, o.weight, o.bias, o.residual))
         if halves and spec.dtype is None and _runs_in_float32(spec.kind, o.x.device.type):
             # torch copies all operands to float32. The kernels read what is half as it is, and write float32.
             spec = spec.but(dtype="float32")
             if any(a is not b for a, b in zip(_together(*o), o, strict=True)):
-                return lambda *operands: normalize(spec, *_together(*operands))
+                return lambda operands: normalize(spec, _together(*operands))
         if spec.eps is None and spec.kind == "rms":
             spec = spec.but(eps=_RMS_EPS.get(o.x.dtype))
     if spec.dtype is not None and isinstance(o.x, Tensor) and o.x.dtype == spec.result(o.x):
@@ -118,7 +114,7 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
         match = partial(matched_rows, spec.argument) if spec.kind in ROWS else matched
         weight, bias = match(o.x, o.weight, o.bias)
         if weight is not o.weight or bias is not o.bias:
-            return lambda x, weight, bias, *rest: normalize(spec, x, *match(x, weight, bias), *rest)
+            return lambda operands: normalize(spec, (operands[0], *match(*operands[:3]), *operands[3:]))
     fits = check(spec, o)
     if spec.unit_offset and o.weight is None:
         spec = spec.but(unit_offset=False)
@@ -127,10 +123,10 @@ def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
             return _chosen(spec.but(memory_efficient=False), o, is_traced, fits)
         call = _chosen(spec, o, is_traced, fits)
 
-        def checked(*operands):
+        def checked(operands):
             if torch.is_grad_enabled():
                 recovered.check_weight(spec, *operands[1:3], operands[0])
-            return call(*operands)
+            return call(operands)
 
         return checked
     return _chosen(spec, o, is_traced, fits)
@@ -144,7 +140,7 @@ def _chosen(spec: Spec, o: Operands, is_traced: bool, fits: bool) -> Call:
         if spec.memory_efficient and there and not is_compiling():
             # A compiler itself chooses what is kept of torch's operators.
             plain = recovered.by_torch
-        return lambda *operands: plain(spec, *operands)
+        return lambda operands: plain(spec, *operands)
     return _by_kernels(spec, o, is_traced)
 
 
@@ -165,15 +161,18 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
         own = own.but(padding=0, return_unpadded=False)
     if spec.process_group is not None:
         call: Call = partial(synchronized.by_kernels, own)
-    else:
+    elif is_traced or o.x.is_meta:
         # Meta tensors have no data to launch on, but the operators know their results.
-        call = partial(traced.forward, own) if is_traced or o.x.is_meta else autograd.Kernels(own, o)
+        call = partial(traced.forward, own)
+    else:
+        call = autograd.Kernels(own, o).run
     if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
         return call
 
     # Not annotated: the compiler of older releases of torch does not know unions.
-    def around(x, weight, bias, residual, slope, *rest):
-        y = call(x, weight, bias, residual, None if slope_behind else slope, *rest)
+    def around(operands):
+        x, _, _, _, slope, *rest = operands
+        y = call((*operands[:4], None, *rest) if slope_behind else operands)
         if spec.return_sum:
             y, total = y
         if slope_behind:
@@ -207,7 +206,7 @@ def _runs_in_float32(kind: str, device: str) -> bool:
 
 def _together(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, *rest: Tensor | None
-) -> list:  # fmt: skip
+) -> tuple:  # fmt: skip
     """The operands, those in float32 that the kernels do not take as they are: parameters of neither x's dtype nor
     float32 or not of one dtype, and a half residual of a float32 x."""
     parameters = [weight, bias]
@@ -216,4 +215,4 @@ def _together(
         parameters = [p.float() if isinstance(p, Tensor) and p.dtype in HALF else p for p in parameters]
     if isinstance(residual, Tensor) and residual.dtype in HALF and residual.dtype != x.dtype:
         residual = residual.float()
-    return [x, *parameters, residual, *rest]
+    return (x, *parameters, residual, *rest)

@@ -17,7 +17,7 @@ from . import library, ranks, reference
 from .traced import INPUTS, Function, NormalizeBackward, keeps_bits, passes_on, saved_of, spread
 
 
-def by_kernels(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def by_kernels(spec: Spec, operands: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, Tensor]:
     """The whole call; x may be empty."""
     o = Operands(*operands)
     with torch.no_grad():

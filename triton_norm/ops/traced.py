@@ -37,7 +37,7 @@ def has_second(spec: Spec) -> bool:
     return spec.return_sum or (spec.return_unpadded and spec.padding != 0)
 
 
-def forward(spec: Spec, *operands: Tensor | None) -> Tensor | tuple[Tensor, Tensor]:
+def forward(spec: Spec, operands: tuple[Tensor | None, ...]) -> Tensor | tuple[Tensor, Tensor]:
     """The result of a call, a pair where the spec pads or adds and wants both."""
     o = Operands(*operands)
     given = (o.running_mean, o.running_var) if not spec.use_stats else (None, None)
