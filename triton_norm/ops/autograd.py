@@ -26,7 +26,7 @@ class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
     __slots__ = ("_asked", "_backwards", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend",
-                 "spec")  # fmt: skip
+                 "reads_residual", "saves_first", "spec")  # fmt: skip
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self._asked = spec
@@ -34,6 +34,9 @@ class Kernels:
         self.spec = keeps_sum(spec, o)
         #: The dtype of what is added to x.
         self.addend = None if o.pre_residual is None else o.pre_residual.dtype
+        #: Whether what is saved are the first of the operands, and whether z is recomputed from the residual.
+        self.saves_first = spec.use_stats and not spec.memory_efficient and o.slope is None and o.pre_residual is None
+        self.reads_residual = spec.activation != "identity"
         # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
         differentiable = (*o[:INPUTS], o.pre_residual)
@@ -120,13 +123,14 @@ class _Normalize(torch.autograd.Function):
             o = (*given[:INPUTS], mean, var, count, given[INPUTS])
         y, statistics, bits, second = (call._training or call._bind_forward(o, True)).run(o)
         ctx.kept = call, statistics, bits
-        if call.spec.memory_efficient:
+        if call.saves_first:
+            # Bits tell what the residual is read for.
+            ctx.save_for_backward(*(given if bits is None and call.reads_residual else given[:3]))
+        elif call.spec.memory_efficient:
             ctx.save_for_backward(*saved_of(call.spec, (y, *o[1:]), None))
         elif call.addend is not None:
             # From here on the sum is what is normalized.
             ctx.save_for_backward(*saved_of(call.spec, (second, *o[1:]), bits))
-        elif call.spec.use_stats and o[3] is None:
-            ctx.save_for_backward(*given)
         else:
             ctx.save_for_backward(*saved_of(call.spec, o, bits))
         if second is None:
