@@ -3,16 +3,18 @@
 Without a GPU the driver is a stub that launches nothing, beneath Triton's own launcher, and tensors are a few numbers
 on the CPU: the cost of issuing work is all there is. With ``--device cuda`` the same calls issue real kernels, and
 nobody waits for them. A call is timed at each depth with the arguments it has there, and a part is the difference of
-two depths; times are of the fastest of several batches, the one that was disturbed least.
+two depths. Everything is timed a little in each of many rounds, and a time is the fastest of them all: what else the
+machine does for some seconds does not slow down one layer alone.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 from unittest import mock
 
 import torch
@@ -66,6 +68,7 @@ operators (op) are for the first call of a shape and for traced calls: nothing o
 Unfused: the same layer in PyTorch's own operators, on the same tiny tensors. no grad: the forward under no_grad."""
 
 Row = dict[str, object]
+K = TypeVar("K")
 
 
 class Call(NamedTuple):
@@ -107,63 +110,95 @@ def recording(owner: type, name: str) -> Iterator[list[Call]]:
         yield calls
 
 
-class Stopwatch:
-    def __init__(self, batches: int, calls: int, device: torch.device) -> None:
-        self.batches, self.calls, self.device = batches, calls, device
+class Timed(NamedTuple):
+    """What is called to be timed, and where."""
 
-    def __call__(self, function: Callable[[], object]) -> float:
-        """Microseconds of one call, in the fastest of the batches."""
+    function: Callable[[], object]
+    where: Callable[[], AbstractContextManager] = nullcontext
+
+
+class Stopwatch(NamedTuple):
+    rounds: int
+    batches: int
+    calls: int
+    device: torch.device
+
+    def all(self, timed: dict[K, Timed], progress: Callable[[str], object]) -> dict[K, float]:
+        """Microseconds of one call of each."""
+        best = dict.fromkeys(timed, float("inf"))
+        for i in range(self.rounds):
+            progress(f"round {i + 1}")
+            for key, (function, where) in timed.items():
+                with where():
+                    best[key] = min(best[key], self._fastest(function))
+        return best
+
+    def _fastest(self, function: Callable[[], object]) -> float:
         best = float("inf")
-        for _ in range(self.batches + 1):  # the first warms up
+        for i in range(self.batches + 1):
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(self.calls):
                 function()
-            best = min(best, time.perf_counter() - start)
+            taken = time.perf_counter() - start
+            if i:  # the first warms up
+                best = min(best, taken)
         return 1e6 * best / self.calls
 
-    def all(self, calls: Sequence[Call]) -> float:
-        return sum(map(self, calls))
+
+@contextmanager
+def _allocating_only(call: Call) -> Iterator[None]:
+    with torch.no_grad(), mock.patch.object(call.args[0], "_steps", lambda *_: None):
+        yield
 
 
-def _pass(bound: Sequence[Call], launches: Sequence[Call], watch: Stopwatch) -> tuple[float, dict[str, float]]:
-    """What bound calls take once they are found, and how it divides."""
-    whole = watch.all(bound)
-    parts = {"allocation": 0.0, "launch": watch.all(launches)}
-    for call in bound:
-        with mock.patch.object(call.args[0], "_steps", lambda *_: None):
-            parts["allocation"] += watch(call)
-    return whole, parts | {"arguments": whole - sum(parts.values())}
+class Together(NamedTuple):
+    """Calls one after the other."""
+
+    calls: tuple[Call, ...]
+
+    def __call__(self) -> object:
+        return [call() for call in self.calls]
 
 
-def _forward_parts(forward: Callable[[], object], total: float, watch: Stopwatch) -> tuple[dict[str, float], int]:
+def _only(calls: Sequence[Call]) -> Call:
+    (call,) = calls
+    return call
+
+
+def _below(bound: Sequence[Call], launches: Sequence[Call]) -> dict[str, Timed]:
+    """A bound call once it is found, and what of it allocates and launches."""
+    call = _only(bound)
+    return {
+        "bound": Timed(call, torch.no_grad),
+        "allocation": Timed(call, partial(_allocating_only, call)),
+        "launch": Timed(Together(tuple(launches)), torch.no_grad),
+    }
+
+
+def _depths(forward: Callable[[], Any], wanted: Sequence[torch.Tensor]) -> dict[tuple[str, str], Timed]:
+    """A fused layer's passes at each depth, by direction and depth."""
+    # What runs a call is settled anew, from functions that record.
+    autotune.forget()
     with (
         recording(Activated, "_run") as asked,
         recording(Kernels, "run") as found,
         recording(Forward, "run") as bound,
         recording(Launch, "run") as launches,
     ):
-        forward()
-    looked_up, differentiable = watch.all(asked), watch.all(found)
-    with torch.no_grad():
-        whole, parts = _pass(bound, launches, watch)
-    parts |= {"module": total - looked_up, "plan": looked_up - differentiable, "autograd": differentiable - whole}
-    return parts, len(launches)
-
-
-@torch.no_grad()
-def _backward_parts(backward: Callable[[], object], total: float, watch: Stopwatch) -> tuple[dict[str, float], int]:
+        y = forward()
+    autotune.forget()
+    ways = {"asked": Timed(_only(asked)), "found": Timed(_only(found)), **_below(bound, launches)}
+    timed = {("forward", depth): way for depth, way in ways.items()}
     with (
-        torch.enable_grad(),
         recording(Kernels, "backward") as found,
         recording(Backward, "run") as bound,
         recording(Launch, "run") as launches,
     ):
-        backward()
-    looked_up = watch.all(found)
-    whole, parts = _pass(bound, launches, watch)
-    return parts | {"plan": looked_up - whole, "autograd": total - looked_up}, len(launches)
+        torch.autograd.grad(y, wanted, torch.randn_like(y))
+    ways = {"found": Timed(_only(found), torch.no_grad), **_below(bound, launches)}
+    return timed | {("backward", depth): way for depth, way in ways.items()}
 
 
 class Step(NamedTuple):
@@ -189,29 +224,41 @@ def steps(name: str, device: torch.device) -> dict[type, Step]:
     return {factory: step(factory) for factory in (Plain, Fused)}
 
 
-def _layer_rows(name: str, watch: Stopwatch, device: torch.device) -> Iterator[Row]:
-    results = {
-        factory: (step.forward, step.wanted, watch(step.forward), watch(step.both))
-        for factory, step in steps(name, device).items()
-    }
-    forward, wanted, forward_us, both_us = results[Fused]
-    unfused_forward, unfused_both = results[Plain][2:]
-    with torch.no_grad():
-        no_grad_us = watch(forward)
-    parts, launches = _forward_parts(forward, forward_us, watch)
-    row = _row(name, "forward", forward_us, parts, launches, unfused_forward)
-    yield row | {"no_grad_us": no_grad_us}
-    y = forward()
-    gradients = torch.randn_like(y)
-    backward_us = both_us - forward_us
-    parts, launches = _backward_parts(lambda: torch.autograd.grad(y, wanted, gradients), backward_us, watch)
-    yield _row(name, "backward", backward_us, parts, launches, unfused_both - unfused_forward)
-    yield _row(name, "both", both_us, {}, None, unfused_both)
+def _timed(name: str, device: torch.device) -> tuple[dict[tuple[str, str], Timed], dict[str, int]]:
+    """All that is timed of a layer, by direction and depth, and how many launches a direction has."""
+    by_factory = steps(name, device)
+    fused, plain = by_factory[Fused], by_factory[Plain]
+    fused.both()
+    depths = _depths(fused.forward, fused.wanted)
+    launches = {direction: len(depths[direction, "launch"].function.calls) for direction in ("forward", "backward")}
+    return {
+        ("forward", "total"): Timed(fused.forward),
+        ("both", "total"): Timed(fused.both),
+        ("forward", "unfused"): Timed(plain.forward),
+        ("both", "unfused"): Timed(plain.both),
+        ("forward", "no_grad"): Timed(fused.forward, torch.no_grad),
+        **depths,
+    }, launches
 
 
-def _row(name: str, direction: str, total: float, parts: dict[str, float], launches: int | None, unfused: float) -> Row:
-    row = {"layer": name, "direction": direction, "total_us": total, "launches": launches, "unfused_us": unfused}
-    return row | {f"{part}_us": us for part, us in parts.items()}
+def _rows(name: str, us: dict[tuple[str, str], float], launches: dict[str, int]) -> Iterator[Row]:
+    us["backward", "total"], us["backward", "unfused"] = (
+        us["both", kind] - us["forward", kind] for kind in ("total", "unfused")
+    )
+    for direction in ("forward", "backward", "both"):
+        of = {depth: time for (where, depth), time in us.items() if where == direction}
+        row = {"layer": name, "direction": direction, "total_us": of["total"], "unfused_us": of["unfused"]}
+        if direction != "both":
+            row |= {"launches": launches[direction], "allocation_us": of["allocation"], "launch_us": of["launch"]}
+            row["arguments_us"] = of["bound"] - of["allocation"] - of["launch"]
+        if direction == "forward":
+            row |= {
+                "module_us": of["total"] - of["asked"], "plan_us": of["asked"] - of["found"],
+                "autograd_us": of["found"] - of["bound"], "no_grad_us": of["no_grad"],
+            }  # fmt: skip
+        elif direction == "backward":
+            row |= {"plan_us": of["found"] - of["bound"], "autograd_us": of["total"] - of["found"]}
+        yield row
 
 
 @triton.jit
@@ -224,19 +271,20 @@ def bare_launch(device: torch.device) -> Callable[[], object]:
     return lambda: nothing[(1,)](*tensors, 5, 6, 7, 8, 9, 10, 11, 1024, num_warps=4)
 
 
-def _bare_row(watch: Stopwatch, device: torch.device) -> Row:
-    us = watch(bare_launch(device))
-    return {"layer": BARE, "direction": "", "total_us": us, "launch_us": us, "launches": 1}
-
-
 def collect(names: Sequence[str], watch: Stopwatch, device: torch.device) -> list[Row]:
-    progress = Progress(len(names) + 1)
-    progress(BARE)
-    found = [_bare_row(watch, device)]
+    progress = Progress(len(names) + watch.rounds)
+    timed = {(BARE, "", ""): Timed(bare_launch(device))}
+    launches = {}
     for name in names:
         progress(name)
-        found += _layer_rows(name, watch, device)
+        of, launches[name] = _timed(name, device)
+        timed |= {(name, *key): what for key, what in of.items()}
+    us = watch.all(timed, progress)
     progress.clear()
+    bare = us.pop((BARE, "", ""))
+    found: list[Row] = [{"layer": BARE, "direction": "", "total_us": bare, "launch_us": bare, "launches": 1}]
+    for name in names:
+        found += _rows(name, {key[1:]: time for key, time in us.items() if key[0] == name}, launches[name])
     return found
 
 
@@ -244,7 +292,7 @@ def parser() -> Parser:
     parser = Parser(prog="bench.host", description=__doc__)
     add = parser.add_argument
     add("--device", default="cpu", metavar="DEVICE", help="cpu (a stub driver), cuda or cuda:N (default: cpu)")
-    add("--quick", action="store_true", help="two layers, few calls")
+    add("--quick", action="store_true", help="two layers, few rounds")
     add("--out", type=Path, metavar="CSV", help="write every row to this file")
     return parser
 
@@ -257,7 +305,7 @@ def run(arguments) -> int:
         common.write_csv(arguments.out, FIELDS, [])
     # Triton warns that a default will change, which is not the default of any kernel here.
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    watch = Stopwatch(*((80, 10) if arguments.quick else (300, 10)), device)
+    watch = Stopwatch(5 if arguments.quick else 60, 8, 10, device)
     names = ["BatchNorm2d + relu", "InstanceNorm2d + relu"] if arguments.quick else list(LAYERS)
     with launching_nothing() if device.type == "cpu" else nullcontext() as driver:
         found = collect(names, watch, device)
