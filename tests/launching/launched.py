@@ -181,17 +181,30 @@ def surroundings() -> None:
     report("four threads", results, sorted(map(repr, bound * 80)))
 
 
+def by_note(given: tuple, notes: list, kinds: list[str]) -> tuple:
+    """What the part in C is given, each argument with the number of the note that says what it is.
+
+    Without those that the kernel does not have: a bound launch leaves out most of them.
+    """
+    *first, arguments = given
+    at = next(i for i, value in enumerate(first) if isinstance(value, list))
+    numbers = [next(i for i, one in enumerate(notes) if one is note) for note in first.pop(at)]
+    taken = [(i, value) for i, value in zip(numbers, arguments, strict=True) if kinds[i] != "constexpr"]
+    return (*first, *taken)
+
+
 def in_c() -> object:
     """Triton's driver over a stub library, with a record of what its launcher gives the part in C."""
     driver = triton_launcher("sm_90")
 
     class Recorded(driver.launcher_cls):
-        def __init__(self, *args) -> None:
-            super().__init__(*args)
-            launch = self.launch
+        def __init__(self, source, *rest) -> None:
+            super().__init__(source, *rest)
+            launch, notes = self.launch, getattr(self, "arg_annotations", None)
+            kinds = list(source.signature.values())
 
             def record(*given) -> None:
-                launched.append(_described(given))
+                launched.append(_described(given if notes is None else by_note(given, notes, kinds)))
                 launch(*given)
 
             self.launch = record

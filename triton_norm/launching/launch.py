@@ -3,7 +3,8 @@
 ``kernel[grid](...)`` looks at every argument of every launch, to find which compiled kernel they ask for: some 16 µs
 for these kernels' 40 arguments. A bound launch does that once, keeps the ``CompiledKernel``, and from then on calls its
 launcher, as ``JITFunction.run`` does in the releases named below; and of that only the part in C, where the part in
-Python, which takes as long, has nothing to add. Other releases, kernels in the interpreter and launches under a
+Python, which takes as long, has nothing to add, and without the arguments that are constants of the compiled code,
+where that takes a note with each argument. Other releases, kernels in the interpreter and launches under a
 profiler's hooks go through ``kernel[grid]`` every time.
 
 Triton compiles for pointers that 16 divides, so who binds a launch must bind another for pointers that it does not.
@@ -53,12 +54,17 @@ class Entry(NamedTuple):
     before: tuple
     behind: tuple
     packs: bool
+    #: Which of the arguments behind the pointers it takes: in one tuple those that the kernel has, not the others,
+    #: which the compiler has used up and which are most of them.
+    taken: tuple[int, ...]
 
     @staticmethod
-    def of(compiled: Any, grid: tuple[int, int, int], arguments: tuple) -> "Entry":
+    def of(compiled: Any, grid: tuple[int, int, int], pointers: tuple, constants: tuple) -> "Entry":
         """Triton's launcher, or what it calls itself if that is all it does."""
+        arguments = pointers + constants
         call = (*grid, _STREAM, compiled.function, compiled.packed_metadata, None, None, None)
-        whole = Entry(compiled.run, call[:3], call[4:], False)
+        every = tuple(range(len(constants)))
+        whole = Entry(compiled.run, call[:3], call[4:], False, every)
         settings = getattr(compiled.run, "__dict__", {})
         if not callable(settings.get("launch")) or any(settings.get(name) for name in _ALLOCATES):
             return whole
@@ -73,7 +79,17 @@ class Entry(NamedTuple):
         places = [i for i, value in enumerate(first) if value is _STREAM]
         if len(places) != 1 or any(a is not b for a, b in zip(last, arguments, strict=True)):
             return whole
-        return Entry(settings["launch"], tuple(first[: places[0]]), tuple(first[places[0] + 1 :]), packs)
+        before, behind = tuple(first[: places[0]]), tuple(first[places[0] + 1 :])
+        # One note for each argument says what it is.
+        notes, kinds = settings.get("arg_annotations"), list(compiled.src.signature.values())
+        if packs and isinstance(notes, list) and len(notes) == len(kinds) == len(arguments):
+            n = len(pointers)
+            taken = tuple(i for i in every if kinds[n + i] != "constexpr")
+            fewer = notes[:n] + [notes[n + i] for i in taken]
+            behind = tuple(fewer if value is notes else value for value in behind)
+        else:
+            taken = every
+        return Entry(settings["launch"], before, behind, packs, taken)
 
 
 #: In place of a stream.
@@ -90,7 +106,7 @@ class Launch:
     """
 
     __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_kernel", "_options",
-                 "_packs", "_stream")  # fmt: skip
+                 "_packs", "_stream", "_taken")  # fmt: skip
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
@@ -113,9 +129,9 @@ class Launch:
         ):  # fmt: skip
             self._launch(pointers)
         elif self._packs:
-            entry(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._constants,)))
+            entry(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._taken,)))
         else:
-            entry(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._constants))
+            entry(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._taken))
 
     def _launch(self, pointers: tuple) -> None:
         """As Triton's users launch, on the device where the tensors are; and keeps what that compiled.
@@ -128,9 +144,10 @@ class Launch:
         with nullcontext() if self._device is None else torch.cuda.device(self._device):
             compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
             if _DIRECT and self._entry is None:
-                entry = Entry.of(compiled, self._grid, (*pointers, *self._constants))
+                entry = Entry.of(compiled, self._grid, pointers, self._constants)
                 # What is kept here must be there before ``_entry`` says so: another thread may be launching.
                 self._compiled = compiled
-                _, self._before, self._behind, self._packs = entry
+                _, self._before, self._behind, self._packs, taken = entry
+                self._taken = tuple([self._constants[i] for i in taken])
                 self._stream = triton.runtime.driver.active.get_current_stream
                 self._entry = entry.function
