@@ -1,5 +1,7 @@
 """What a call is remembered by: one that differs in anything is another, and one that does not is found again."""
 
+import gc
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -160,3 +162,47 @@ def test_many_calls_of_one_shape(backend):
         for width in range(20, 40):
             x = wide[..., :width].clone()[..., :8]
             close(tn.functional.instance_norm(x), x)
+
+
+def _bytes_of_tensors():
+    gc.collect()
+    # Not isinstance: some objects warn when they are asked for their class.
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return sum({s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}.values())
+
+
+@pytest.mark.parametrize("kind", ["batch", "layer"])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_what_is_remembered_holds_no_memory(backend, kind, padding):
+    """No tensor is left of a call, of a shape that was not met before."""
+    size = (3, CHANNELS, 5, 8)
+    x = torch.randn(size, device=backend.device, requires_grad=True)
+    if kind == "batch":
+        layer = tn.BatchNorm2d(CHANNELS, activation="relu", padding=padding, padding_mode="zeros")
+    elif padding:
+        layer = tn.LayerNorm2d(CHANNELS, activation="gelu", padding=padding)
+    else:
+        layer = tn.LayerNorm(size[1:], activation="silu")
+    layer, residual = layer.to(backend.device), torch.randn_like(x)
+    before = _bytes_of_tensors()
+    y = layer(x, residual)
+    torch.autograd.grad(y, [x, *layer.parameters()], torch.randn_like(y))
+    del y
+    assert _bytes_of_tensors() == before
+
+
+@pytest.mark.parametrize("first", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_the_mode_of_the_call_that_is_remembered(backend, x, parameter, first):
+    """What another allocates by is made in the first one's mode."""
+    x = x.requires_grad_()
+    with first():
+        close(tn.functional.instance_norm(x, weight=parameter).detach(), x.detach(), parameter)
+    y = tn.functional.instance_norm(x, weight=parameter)
+    dy = torch.randn_like(y)
+    (dx,) = torch.autograd.grad(y, x, dy)
+    z = x.detach().double().requires_grad_()
+    (want,) = torch.autograd.grad(expected(z, parameter), z, dy.double())
+    assert_close(dx, want, x.dtype)
+    with torch.inference_mode():
+        assert tn.functional.instance_norm(x, weight=parameter).is_inference()
+    assert not y.is_inference()

@@ -46,7 +46,7 @@ class Backward:
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
         self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
-        gradients, plain = self._allocate(spec, o, self.wanted)
+        gradients, plain = self._allocate(spec, o, wanted)
         self._shared_slope = gradients.slope is not None and gradients.slope.numel() != o.x.shape[1]
         if self._shared_slope:
             gradients = gradients._replace(slope=o.slope.new_empty(o.x.shape[1]))
@@ -265,10 +265,10 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     first = _gradient(t, affine, splits)
     by_sample = affine.per_sample is not None
     if by_sample:
-        total = sums.shared_sums(t, affine)
+        weighted = sums.shared_sums(t, affine)
         finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) else None
     else:
-        total = sums.column_sums(t, splits * rows // channels, channels, planes)
+        by_channel = sums.column_sums(t, splits * rows // channels, channels, planes)
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
@@ -278,9 +278,9 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
             partials, o.weight, o.bias, o.slope,
         ))  # fmt: skip
         if not by_sample:
-            total.run((partials, g.x, *g.of_rows(affine)))
+            by_channel.run((partials, g.x, *g.of_rows(affine)))
             return
-        total(partials, o.weight, g.x)
+        weighted(partials, o.weight, g.x)
         if finish is not None:
             finish(partials, g)
 
