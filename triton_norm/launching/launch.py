@@ -99,7 +99,7 @@ _ALLOCATES = ("global_scratch_size", "profile_scratch_size", "gsan_enabled")
 
 
 class Launch:
-    """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; called with the pointers.
+    """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; run with the pointers.
 
     Pointers are tensors, or None where the kernel is to be without; which are None must not change between calls, nor
     which ones 16 divides, nor their dtypes. Errors are Triton's.
