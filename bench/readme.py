@@ -205,11 +205,12 @@ def counted(results: Path, page: Path) -> Iterator[str]:
         yield "Nothing has been counted yet."
     for path in found:
         rows = instructions.load(path)
-        launch, empty = (n / 1000 for n in instructions.references(rows))
+        (launch, _), (empty, misses) = instructions.references(rows)
         yield ""
         yield from wrapped(
-            f"**Triton {path.stem.removeprefix('instructions-triton-')}**: a bare launch takes {launch:.0f} thousand, "
-            f"`torch.autograd.grad` through an {instructions.EMPTY} {empty:.0f}."
+            f"**Triton {path.stem.removeprefix('instructions-triton-')}**: a bare launch takes {launch / 1000:.0f} "
+            f"thousand, `torch.autograd.grad` through an {instructions.EMPTY} {empty / 1000:.0f}, with "
+            f"{misses / 1000:.1f} thousand misses."
         )
         yield ""
         yield from markdown(instructions.HEADER, list(instructions.lines(rows)))

@@ -20,7 +20,7 @@ dumps = next(word for word in sys.argv[:at] if "callgrind-out-file" in word).par
 assert "--instr-atstart=no" in sys.argv[:at]
 os.execve(command[0], sys.argv[at:], os.environ | {{"FAKE_DUMPS": dumps}})
 """
-#: Every dump has a million instructions more than the one before: 5,000 for each of 200 calls.
+#: Every dump has a million instructions more than the one before, 5,000 for each of 200 calls, and a tenth of misses.
 CONTROL = """#!{python}
 import os, pathlib, sys
 what, pid = sys.argv[1:]
@@ -29,7 +29,9 @@ log = pathlib.Path(os.environ["FAKE_DUMPS"] + ".log")
 log.open("a").write(what + " ")
 if what == "-d":
     n = log.read_text().split().count("-d")
-    pathlib.Path(f"{{os.environ['FAKE_DUMPS']}}.{{n}}").write_text(f"version: 1\\nsummary: 7\\ntotals: {{n}}000000\\n")
+    pathlib.Path(f"{{os.environ['FAKE_DUMPS']}}.{{n}}").write_text(
+        f"version: 1\\nevents: Ir Dr I1mr\\nsummary: 7\\ntotals: {{n}}000000 8 {{n}}00000\\n"
+    )
     if "{keeps}":
         pathlib.Path("{keeps}").write_text(log.read_text())
 """
@@ -62,14 +64,16 @@ def test_rows(tools, tmp_path):
     assert (tmp_path / "asked").read_text().split() == ["-z", "-i=on", "-i=off", "-d"] * 13
     rows = list(csv.DictReader(out.open()))
     counts = [float(row[key]) for row in rows for key in ("instructions", "no_grad", "unfused") if row[key]]
+    missed = [float(row[key]) for row in rows for key in ("misses", "no_grad_misses", "unfused_misses") if row[key]]
+    assert missed == [count / 10 for count in counts]
     # What the empty loop takes is taken off.
     assert counts == [5000, 10000, 25000, 35000, 15000, 30000, 20000, 50000, 60000, 40000, 55000, 45000]
     assert "A bare Triton launch takes 5 thousand" in done.stdout
     printed = [line.split() for line in done.stdout.splitlines()]
-    assert ["BatchNorm2d", "+", "relu", "25", "5.0", "15", "35", "30", "6.0", "20"] in printed
+    assert ["BatchNorm2d", "+", "relu", "25", "5.0", "15", "35", "30", "6.0", "20", "3.0", "2.0"] in printed
     page = "\n".join(readme.counted(tmp_path, tmp_path))
-    assert "| BatchNorm2d + relu | 25 | 5.0 | 15 | 35 | 30 | 6.0 | 20 |" in page
-    assert "through an empty Function of three tensors 10." in page
+    assert "| BatchNorm2d + relu | 25 | 5.0 | 15 | 35 | 30 | 6.0 | 20 | 3.0 | 2.0 |" in page
+    assert "through an empty Function of three tensors 10, with 1.0 thousand misses." in " ".join(page.split())
 
 
 def test_without_valgrind(tmp_path):
@@ -88,5 +92,5 @@ def test_dumps_that_are_not_there(tmp_path):
     with pytest.raises(instructions.UserError, match="callgrind wrote no dump"):
         instructions.total(tmp_path / "dump.1")
     (tmp_path / "dump.1").write_text("version: 1\n")
-    with pytest.raises(instructions.UserError, match="no total in callgrind's dump"):
+    with pytest.raises(instructions.UserError, match="no total of Ir and I1mr in callgrind's dump"):
         instructions.total(tmp_path / "dump.1")
