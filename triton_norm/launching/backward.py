@@ -180,7 +180,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     finish = sums.parameter_gradients(t, affine, 1) if any(asked.of_rows(affine)) and not direct else None
     shares = sums.Shares.of(t, t.programs) if affine.form == "column" else None
     writes_affine = direct or affine.form == "element"
-    size, dtype = planes * t.geometry.rows, t.dtype
+    scratch = None if finish is None else t.scratch(planes * t.geometry.rows)
 
     def steps(o: tuple, saved: tuple, g: tuple) -> None:
         x, weight, bias, residual, slope, *_ = o
@@ -191,7 +191,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
             dweight, dbias, parts = shares.empty(g)
         elif not writes_affine:
             dweight = dbias = None
-        totals = None if finish is None else x.new_empty(size, dtype=dtype)
+        totals = None if scratch is None else empty_like(scratch)
         launch.run((
             x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
@@ -206,15 +206,15 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
 
 def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     """Statistics that are given (eval): dx depends on no sum, so one pass writes all but what is summed over rows."""
-    splits, dtype = t.plan.splits, t.dtype
+    splits = t.plan.splits
     launch = _gradient(t, affine, splits)
     direct = splits == 1 and _one_row_each(t, affine, asked)
     finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) and not direct else None
-    size = planes * splits * t.geometry.rows
+    scratch = None if finish is None else t.scratch(planes * splits * t.geometry.rows)
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = None if finish is None else o.x.new_empty(size, dtype=dtype)
+        partials = None if scratch is None else empty_like(scratch)
         launch.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
             o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
@@ -227,7 +227,7 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
 def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     """Programs that share a row: a pass for its sums, one for what depends on them, and launches for other sums."""
-    splits, dtype = t.plan.splits, t.dtype
+    splits = t.plan.splits
     combine, settles = _combination(t, affine, asked, planes)
     by_element = affine.form == "element" and (asked.weight or asked.bias)
     first = _gradient(t, affine, splits)
@@ -237,11 +237,11 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     by_row = any(asked.of_rows(affine)) and not direct and not settles
     finish = sums.parameter_gradients(t, affine, splits) if by_row else None
     columns = _long_columns(t, affine) if affine.form == "column" and (asked.weight or asked.bias) else None
-    size = planes * splits * t.geometry.rows
+    scratch = t.scratch(planes * splits * t.geometry.rows)
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = o.x.new_empty(size, dtype=dtype)
+        partials = empty_like(scratch)
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
         first.run((o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of))
@@ -261,8 +261,8 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
 def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     """The first of two halves: ``Sums``."""
-    splits, rows, channels, dtype = t.plan.splits, t.geometry.rows, t.geometry.channels, t.dtype
-    first = _gradient(t, affine, splits)
+    splits, rows, channels = t.plan.splits, t.geometry.rows, t.geometry.channels
+    first, scratch = _gradient(t, affine, splits), t.scratch(planes * splits * rows)
     by_sample = affine.per_sample is not None
     if by_sample:
         weighted = sums.shared_sums(t, affine)
@@ -272,7 +272,7 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = o.x.new_empty(planes * splits * rows, dtype=dtype)
+        partials = empty_like(scratch)
         first.run((
             o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
             partials, o.weight, o.bias, o.slope,
@@ -325,7 +325,7 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
 
     And whether it writes the parameters' gradients by the way.
     """
-    rows, channels, splits, dtype = t.geometry.rows, t.geometry.channels, t.plan.splits, t.dtype
+    rows, channels, splits = t.geometry.rows, t.geometry.channels, t.plan.splits
     per_channel = t.per_channel and affine.per_sample is None
     if (t.per_channel and not per_channel) or t.geometry.group > 1:
         shared = sums.shared_sums(t, affine)
@@ -335,10 +335,10 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
     # Where one number is summed for each channel, that is the parameters' gradient already.
     width = channels if per_channel else rows
     settles = per_channel or (rows == channels and affine.form == "row")
-    launch = sums.column_sums(t, splits * rows // width, width, planes)
+    launch, scratch = sums.column_sums(t, splits * rows // width, width, planes), t.scratch(planes * width)
 
     def combine(partials: Tensor, o: Operands, g: Gradients) -> Tensor:
-        totals = partials.new_empty(planes * width, dtype=dtype)
+        totals = empty_like(scratch)
         launch.run((partials, totals, *(g.of_rows(affine) if settles else (None, None, None))))
         return totals
 

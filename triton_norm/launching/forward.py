@@ -125,13 +125,13 @@ class Moments:
             plans=plans,
             scratch=trial,
         )
-        self._dtype, self._others = t.dtype, x.numel() // x.shape[1] - 1
+        self._statistics, self._others = t.scratch(3 * x.shape[1]), x.numel() // x.shape[1] - 1
         self._take = _statistics(t, True, False, True)
 
     def run(self, x: Tensor) -> Tensor:
         if self._copies:
             x = operands.empty_like(_BATCH, x).copy_(x)
-        statistics = x.new_empty((3, x.shape[1]), dtype=self._dtype)
+        statistics = empty_like(self._statistics).view(3, -1)
         self._take(Operands(x), (None, statistics))
         _, mean, unbiased = statistics
         return torch.stack([mean, unbiased * self._others if self._others else torch.zeros_like(mean)])
@@ -242,7 +242,7 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
         G, K, S, rows, t.tiles, plan.steps, *t.strides[:4], *(t.strides[4:8] if t.work.beside else (None,) * 4),
         t.geometry.transposed and t.norm.CENTERED, t.block, t.norm, t.acc, t.layout,
     )  # fmt: skip
-    size, dtype, group = (3 * plan.splits + 1) * rows, t.dtype, t.geometry.group
+    scratch, group = t.scratch((3 * plan.splits + 1) * rows), t.geometry.group
     block = min(power_of_2(plan.splits * group), 512)
     sets = min(8 if group == 1 else 4, 1024 // block)
     second = t.launch(
@@ -253,7 +253,7 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
 
     def take(o: tuple, r: tuple) -> Tensor | None:
         x, addend, statistics = o[0], o[8], r[1]
-        partials = x.new_empty(size, dtype=dtype)
+        partials = empty_like(scratch)
         first.run((x, partials, addend, None if addend is None else r[3]))
         if not finalize:
             return partials

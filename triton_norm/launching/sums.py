@@ -64,11 +64,11 @@ def shared_sums(t: Tiling, affine: Affine) -> Callable[..., Tensor]:
         rows, channels, affine.per_sample, t.plan.splits, sets, members, set_step, member_step, per_program, block,
         t.norm, t.acc, warps=4,
     )  # fmt: skip
-    weighted = affine.form == "row"
+    weighted, scratch = affine.form == "row", t.scratch(2 * sets)
 
     def run(partials: Tensor, weight: Tensor | None, totals: Tensor | None = None) -> Tensor:
         if totals is None:
-            totals = torch.empty(2 * sets, dtype=t.dtype, device=partials.device)
+            totals = torch.empty_like(scratch)
         launch.run((partials, totals, weight if weighted else None))
         return totals
 
@@ -100,24 +100,24 @@ class Shares(NamedTuple):
     """
 
     count: int  # type: ignore[assignment]  # a tuple's method, which nobody calls here
-    columns: int
-    dtype: torch.dtype
+    #: Numbers of each gradient, and a template of all.
+    numbers: int
+    scratch: Tensor
     launch: Launch
 
     @staticmethod
     def of(t: Tiling, programs: int) -> "Shares":
         count, columns = programs // t.work.samples, t.geometry.columns * t.work.samples
-        return Shares(count, columns, t.dtype, column_sums(t, count, columns))
+        return Shares(count, count * columns, t.scratch(2 * count * columns), column_sums(t, count, columns))
 
     def empty(self, g: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Targets for weight and bias and, if they are parts yet to be summed, the memory of these."""
         _, weight, bias, *_ = g
         if self.count == 1 or (weight is None and bias is None):
             return weight, bias, None
-        n, like = self.count * self.columns, bias if weight is None else weight
-        parts = like.new_empty(2 * n) if like.dtype == self.dtype else like.new_empty(2 * n, dtype=self.dtype)
+        parts = torch.empty_like(self.scratch)
         # A view of the first half alone would take as long to make as half a launch.
-        return None if weight is None else parts, None if bias is None else parts[n:], parts
+        return None if weight is None else parts, None if bias is None else parts[self.numbers :], parts
 
     def sum(self, parts: Tensor, g: tuple) -> None:
         _, weight, bias, *_ = g

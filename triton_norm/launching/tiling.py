@@ -23,7 +23,7 @@ from ..tuning.plan import Plan, cdiv, power_of_2
 from ..tuning.problem import Problem, Walked, key
 from . import devices
 from .launch import Launch
-from .operands import Affine
+from .operands import Affine, template
 
 #: From a problem to the plan that a call is to be bound with.
 Planner = Callable[[Problem], Plan]
@@ -43,8 +43,9 @@ class Tiling:
     per_channel: bool
     #: The GPU's number, None for the CPU.
     device: int | None
-    #: What x is stored in.
+    #: What x is stored in, and where.
     stored: torch.dtype
+    memory: torch.device
 
     @cached_property
     def row_blocks(self) -> int:
@@ -125,6 +126,10 @@ class Tiling:
         """The accumulation dtype, for torch."""
         return torch.float64 if self.work.itemsize == 8 else torch.float32
 
+    def scratch(self, size: int) -> Tensor:
+        """A template of so many sums, in the accumulation dtype."""
+        return template(torch.empty(size, dtype=self.dtype, device=self.memory))
+
     def launch(self, kernel: Any, grid: tuple[int, ...], *constants: Any, warps: int | None = None) -> Launch:
         """With the plan's warps, in its clusters; or with these warps, of kernels that walk no tile of x."""
         if warps is not None:
@@ -156,7 +161,7 @@ def cut(
     )  # fmt: skip
     plan = plans(problem)
     folded = geometry.folded(plan.fold) if plan.fold > 1 else geometry
-    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index, x.dtype)
+    return Tiling(spec, folded, plan, work, x.dim(), per_channel, index, x.dtype, x.device)
 
 
 class Tuned:
