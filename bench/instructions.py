@@ -4,7 +4,7 @@ What ``bench.host`` times, counted: the same layers on the same tiny sample over
 garbage collector. Times of one call differ by a factor from machine to machine and from hour to hour, these counts by
 less than a hundredth: they tell whether a change costs or saves. They are no times, since an instruction that waits for
 memory counts as much as one that does not. So beside them stands how often the processor waits for the code itself:
-lines of it that are not in a first-level cache of 32 KiB, which a call's code is twenty times too large for.
+lines of it that are not in a first-level cache of 32 KiB, which a call's code is far too large for.
 """
 
 import csv

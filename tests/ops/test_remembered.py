@@ -206,3 +206,26 @@ def test_the_mode_of_the_call_that_is_remembered(backend, x, parameter, first):
     with torch.inference_mode():
         assert tn.functional.instance_norm(x, weight=parameter).is_inference()
     assert not y.is_inference()
+
+
+@pytest.mark.parametrize("size", [(2, CHANNELS, 3, 8), (2, CHANNELS, 1, 1), (3, 1, 4, 8)])
+def test_gradients_that_lie_otherwise(backend, parameter, size):
+    """Those of one layout after the other come to one call; where dims are 1, contiguous ones have several strides."""
+    x = torch.randn(size, device=backend.device, requires_grad=True)
+    weight = parameter[: size[1]]
+    dy = torch.randn(size, device=backend.device)
+    ways = [
+        dy,
+        dy.contiguous(memory_format=torch.channels_last),
+        torch.nn.functional.pad(dy, (1, 2))[..., 1:-2],
+        dy[:1, :1, :1, :1].expand(size),
+        torch.empty(dy.numel() + 1, device=dy.device)[1:].view(size).copy_(dy),
+        dy.transpose(2, 3).contiguous().transpose(2, 3),
+    ]
+    z = x.detach().double().requires_grad_()
+    want = F.group_norm(z, 1, weight.double())
+    got = tn.functional.group_norm(x, 1, weight)
+    for dy in (*ways, *ways[::-1]):
+        (dx,) = torch.autograd.grad(got, x, dy, retain_graph=True)
+        (expected_dx,) = torch.autograd.grad(want, z, dy.double(), retain_graph=True)
+        assert_close(dx, expected_dx, x.dtype)

@@ -35,6 +35,37 @@ class Saved(NamedTuple):
 Steps = Callable[[tuple, tuple, tuple], None]
 
 
+def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
+    """The dtype of a residual's gradient: one that holds x's and the result's, as the residual may have either."""
+    return torch.promote_types(x.dtype, spec.result(x))
+
+
+def allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+    """The gradients, and a tensor that lies like that of x; also of fake and meta operands."""
+    x = o.x
+    plain = operands.empty_like(spec, operands.dense(x) if spec.padding != 0 else x)
+    elementwise = operands.per_element(spec, x, o.weight) or operands.per_element(spec, x, o.bias)
+
+    def parameter(p: Tensor) -> Tensor:
+        # One per element is written where x's is; others are contiguous.
+        return empty_like(plain, dtype=p.dtype) if elementwise else p.new_empty(p.shape)
+
+    makers = (
+        lambda: empty_like(plain), lambda: parameter(o.weight), lambda: parameter(o.bias),
+        lambda: empty_like(plain, dtype=residual_gradient(spec, x)), lambda: o.slope.new_empty(o.slope.shape),
+    )  # fmt: skip
+    return Gradients(*(make() if want else None for make, want in zip(makers, wanted, strict=True))), plain
+
+
+def allocate_sums(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
+    """Likewise for ``Sums``."""
+    gradients, plain = allocate(spec, o, (False, *wanted[1:]))
+    if wanted[0]:
+        sizes = (2 if o.slope is None else 3, o.x.shape[1])
+        gradients = gradients._replace(x=o.x.new_empty(sizes, dtype=torch.promote_types(o.x.dtype, torch.float32)))
+    return gradients, plain
+
+
 class Backward:
     """A backward pass of operands that lie like those that it was made from.
 
@@ -43,6 +74,8 @@ class Backward:
     gradient is dy, which nobody needs to ask for. ``run`` takes tuples in the order of ``Operands`` and ``Saved``, and
     gives one in the order of ``Gradients``.
     """
+
+    _allocate = staticmethod(allocate)
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
         self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
@@ -55,10 +88,6 @@ class Backward:
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
         self._steps = _bind(type(self), spec, *tidy, plain, self.wanted, plans)
-
-    @staticmethod
-    def _allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
-        return allocate(spec, o, wanted)
 
     def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
         plain, dy = self._plain, saved.dy
@@ -96,40 +125,7 @@ class Sums(Backward):
     unless these are per element, and of slope.
     """
 
-    @staticmethod
-    def _allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
-        return allocate_sums(spec, o, wanted)
-
-
-def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
-    """The dtype of a residual's gradient: one that holds x's and the result's, as the residual may have either."""
-    return torch.promote_types(x.dtype, spec.result(x))
-
-
-def allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
-    """The gradients, and a tensor that lies like that of x; also of fake and meta operands."""
-    x = o.x
-    plain = operands.empty_like(spec, operands.dense(x) if spec.padding != 0 else x)
-    elementwise = operands.per_element(spec, x, o.weight) or operands.per_element(spec, x, o.bias)
-
-    def parameter(p: Tensor) -> Tensor:
-        # One per element is written where x's is; others are contiguous.
-        return empty_like(plain, dtype=p.dtype) if elementwise else p.new_empty(p.shape)
-
-    makers = (
-        lambda: empty_like(plain), lambda: parameter(o.weight), lambda: parameter(o.bias),
-        lambda: empty_like(plain, dtype=residual_gradient(spec, x)), lambda: o.slope.new_empty(o.slope.shape),
-    )  # fmt: skip
-    return Gradients(*(make() if want else None for make, want in zip(makers, wanted, strict=True))), plain
-
-
-def allocate_sums(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
-    """Likewise for ``Sums``."""
-    gradients, plain = allocate(spec, o, (False, *wanted[1:]))
-    if wanted[0]:
-        sizes = (2 if o.slope is None else 3, o.x.shape[1])
-        gradients = gradients._replace(x=o.x.new_empty(sizes, dtype=torch.promote_types(o.x.dtype, torch.float32)))
-    return gradients, plain
+    _allocate = staticmethod(allocate_sums)
 
 
 def _bind(
