@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from oracle import assert_close
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
@@ -124,6 +125,19 @@ def test_a_transform_of_what_was_called_before(backend, x):
     want = torch.func.grad(lambda x: (F.instance_norm(x) ** 3).sum())(x)
     got = torch.func.grad(lambda x: (tn.functional.instance_norm(x) ** 3).sum())(x)
     torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("module", [tn.BatchNorm2d, tn.LayerNorm2d])
+def test_fake_tensors_after_what_was_called_before(backend, module, x):
+    """They have shapes and no memory, and nobody is warned of who asks for it."""
+    norm = module(CHANNELS, activation="silu", device=backend.device)
+    norm(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x).requires_grad_()
+        y = norm(fake)
+        (dx,) = torch.autograd.grad(y.sum(), fake)
+    assert (y.shape, y.stride(), dx.shape) == (x.shape, x.stride(), x.shape)
 
 
 class Seen(TorchDispatchMode):

@@ -14,7 +14,7 @@ from ..tuning import autotune
 TensorGuards: Any = getattr(_dynamo.guards, "TensorGuards", None)
 
 HIP = torch.version.hip is not None
-_ORDINARY = {Tensor, torch.nn.Parameter}
+ORDINARY = {Tensor, torch.nn.Parameter}
 is_compiling = torch.compiler.is_compiling
 functorch_is_active = torch._C._are_functorch_transforms_active
 dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -23,7 +23,7 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 def is_ordinary(x: Tensor) -> bool:
     """Whether nobody traces or transforms x or looks at dispatched operators, so that kernels may just be launched."""
     return (
-        not is_compiling() and type(x) in _ORDINARY and not functorch_is_active() and not dispatch_modes()
+        not is_compiling() and type(x) in ORDINARY and not functorch_is_active() and not dispatch_modes()
         and forward_ad._current_level < 0
     )  # fmt: skip
 

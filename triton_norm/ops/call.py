@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..launching.keys import (
     HIP,
+    ORDINARY,
     Table,
     in_forward_mode,
     is_compiling,
@@ -43,7 +44,8 @@ def normalize(spec: tuple, operands: tuple) -> Result:
     statistics are taken, ``count`` counts this batch. Raises torch's own errors, and ``ValueError`` for an unsuitable
     residual, affine or padding mode; running statistics and ``count`` are unchanged then.
     """
-    if is_compiling() or in_forward_mode():
+    # Nothing of a subclass is remembered, and a fake tensor warns of whoever asks where it lies.
+    if is_compiling() or in_forward_mode() or type(operands[0]) not in ORDINARY:
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(operands)
     x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual = operands
     # Written out: as a loop this takes twice as long, and it is most of what a call costs here.
