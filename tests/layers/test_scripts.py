@@ -2,6 +2,7 @@
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -124,6 +125,20 @@ def test_recorded_by_torch_jit(backend, name):
     file.seek(0)
     for module in (recorded, torch.jit.load(file)):
         close(module(normal(1, backend.device)), theirs(normal(1)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_recording_is_of_any_size_and_warns_as_torch_does(backend, name, training):
+    warned, results = [], []
+    for module, device in zip(twins(name, backend.device), ("cpu", backend.device), strict=True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            recorded = torch.jit.trace(module.train(training), normal(0, device), check_trace=False)
+        warned.append(sum(warning.category is torch.jit.TracerWarning for warning in caught))
+        results.append(recorded(normal(1, device)[:2]))
+    assert warned[0] == warned[1]
+    close(results[1], results[0])
 
 
 @pytest.mark.parametrize("name", [*NAMES, "ConvNormAct"])

@@ -4,7 +4,9 @@ All that a call costs the host beside allocating and launching is in ``normalize
 ``_settle``: checks, the backend, and what comes before and behind the kernels where these do not do all.
 """
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from typing import Any
 
@@ -86,11 +88,23 @@ def normalize(spec: tuple, operands: tuple) -> Result:
         key = None
     if call is None:
         o = Operands(*operands)
-        is_traced = not all(t is None or is_ordinary(t) for t in o)
-        call = _settle(Spec(*spec), o, is_traced)
+        is_recorded = torch._C._get_tracing_state() is not None
+        is_traced = is_recorded or not all(t is None or is_ordinary(t) for t in o)
+        with _unwarned() if is_recorded else nullcontext():
+            call = _settle(Spec(*spec), o, is_traced)
         if key is not None and not is_traced:
             _calls.keep(key, with_alike(_calls.get(key, ()), tensors, call))
     return call(operands)
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """``torch.jit.trace`` warns of every size that is looked at. What is settled from sizes are errors: of what it
+    records, plain PyTorch in any case, nothing depends on them.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
 
 
 def _settle(spec: Spec, o: Operands, is_traced: bool = False) -> Call:
