@@ -96,3 +96,18 @@ def test_other_releases_are_left_alone(release):
     module = SimpleNamespace(tl=tl, **release)
     assert not remember(module)
     assert vars(module) == {"tl": tl, **release}
+
+
+def test_a_release_with_other_options_keeps_them():
+    def patch(pkg, builder, scope):
+        pass
+
+    options = SimpleNamespace()
+    module = SimpleNamespace(
+        tl=tl, _patch_builtin=patch, _patch_attr=None, _patch_lang=None, _LangPatchScope=None,
+        interpreter_builder=SimpleNamespace(options=options),
+    )  # fmt: skip
+    assert remember(module)
+    assert module._patch_builtin is not patch
+    assert module.interpreter_builder.options is options
+    assert vars(options) == {}

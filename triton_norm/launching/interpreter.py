@@ -1,9 +1,9 @@
-"""Triton's interpreter, which without a GPU runs the kernels in Python, nearly three times as fast.
+"""Triton's interpreter, which without a GPU runs the kernels in Python, spared nearly two thirds of its time.
 
 Before each kernel, and again at every call of a function inside one, it looks through all of ``triton.language`` for
-what it has to replace there while the kernel runs: more than half of its time. What that is does not change, and inside
-a kernel it has been replaced. And it computes sums and products of integers twice, to see whether they overflow, and
-does not look at what it finds: a quarter of its time.
+what it has to replace there while the kernel runs. What that is does not change, and inside a kernel it has been
+replaced. And it computes sums and products of integers twice, to see whether they overflow, and does not look at what
+it finds.
 """
 
 import inspect
@@ -36,6 +36,6 @@ def remember(interpreter: Any) -> bool:
 
     interpreter._patch_builtin, interpreter._patch_lang = replace_in, replace_for
     builder = interpreter.interpreter_builder
-    if not builder.options.debug:
+    if getattr(builder.options, "debug", None) is False and hasattr(builder.options, "sanitize_overflow"):
         builder.options = replace(builder.options, sanitize_overflow=False)
     return True
