@@ -143,6 +143,18 @@ def anew() -> Iterator[Callable[[], None]]:
 
 
 @pytest.fixture
+def poison(anew: Callable[[], None]) -> Iterator[None]:
+    """Fresh memory is NaN, so that an element nobody wrote shows: torch fills it, of calls bound meanwhile."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    anew()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
 def untuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """A process that has tuned nothing, would, and whose cache directory is new."""
     from tuned import autotune, forget

@@ -80,14 +80,6 @@ def force(monkeypatch, anew):
     return apply
 
 
-@pytest.fixture
-def poison():
-    """Fresh memory is NaN, so that an element nobody wrote shows."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 KERNELS = pytest.mark.parametrize(
     "backend", ["triton", pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True
 )  # fmt: skip

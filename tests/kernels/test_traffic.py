@@ -301,7 +301,7 @@ def test_launches_of_a_training_step(name, layout):
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_no_operator_beside_the_launches(name, monkeypatch):
-    """Nothing but allocations, and what counts the batches that a cumulative average is one of."""
+    """Nothing but what counts the batches that a cumulative average is one of."""
     make, shape, _ = LAUNCHES[name]
     module, x = make(), torch.randn(shape, requires_grad=True)
     residual = torch.randn_like(x).requires_grad_() if "residual" in name else None
@@ -311,7 +311,7 @@ def test_no_operator_beside_the_launches(name, monkeypatch):
     for _ in range(2):
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             torch.autograd.grad(module(x, residual=residual), leaves, dy)
+            # That it is seen at all.
+            x.detach().exp()
     operators = {event.name.removeprefix("aten::") for event in profiler.events() if event.name.startswith("aten::")}
-    assert "empty_like" in operators
-    free = {"empty_like", "new_empty", "empty", "empty_strided", "new_empty_strided", "detach", "view_as", "view"}
-    assert operators - free == ({"add_"} if "cumulative" in name else set())
+    assert operators - {"detach"} == {"exp"} | ({"add_"} if "cumulative" in name else set())

@@ -346,19 +346,9 @@ def test_repeated_runs_are_bitwise_equal(backend, kind, dtype):
         assert torch.equal(first, second)
 
 
-@pytest.fixture
-def poisoned_memory():
-    """Freshly allocated memory is NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("mode", ["train", "eval"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_uninitialised_memory_is_read(backend, kind, mode, poisoned_memory):
+def test_no_uninitialised_memory_is_read(backend, kind, mode, poison):
     slope = nn.PReLU(3, device=backend.device)
     check(
         arguments(

@@ -290,11 +290,20 @@ def test_every_candidate_proves_itself(name, stopwatch, monkeypatch):
 def test_what_no_kernel_writes_is_not_a_number():
     x = torch.rand(3, 4)
     made = measure.results(
-        lambda: [torch.empty(5), x.new_empty(5), torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3)), None, x]
+        lambda: (
+            lambda: [
+                torch.empty(5),
+                x.new_empty(5),
+                torch.empty_like(x),
+                x.new_empty_strided((3, 2), (1, 3)),
+                None,
+                x,
+            ]
+        )
     )
     assert all(t.isnan().all() for t in made[:4])
     assert made[4] is None and torch.equal(made[5], x)
-    (bits,) = measure.results(lambda: [x.new_empty(5, dtype=torch.uint8)])
+    (bits,) = measure.results(lambda: lambda: [x.new_empty(5, dtype=torch.uint8)])
     assert bits.unique().tolist() == [85]
 
 

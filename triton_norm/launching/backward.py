@@ -13,7 +13,8 @@ from ..kernels import sums as sum_kernels
 from ..spec import Operands, Spec
 from ..tuning.measure import Layout, scratch
 from ..tuning.plan import Plan, cdiv, power_of_2
-from . import operands, sums, tiling
+from . import devices, memory, operands, sums, tiling
+from .devices import current_device
 from .launch import Launch
 from .operands import Affine
 from .sums import Gradients
@@ -78,12 +79,13 @@ class Backward:
     _allocate = staticmethod(allocate)
 
     def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        self.spec, self.wanted = spec, Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
+        self.spec, self._device = spec, devices.index_of(o.x)
+        self.wanted = Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
         gradients, plain = self._allocate(spec, o, wanted)
         self._shared_slope = gradients.slope is not None and gradients.slope.numel() != o.x.shape[1]
         if self._shared_slope:
             gradients = gradients._replace(slope=o.slope.new_empty(o.x.shape[1]))
-        self._gradients = [None if g is None else operands.template(g) for g in gradients]
+        self._gradients = [None if g is None else memory.like(g) for g in gradients]
         self._plain = operands.template(plain)
         tidy = self._tidied(o, saved)
         self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
@@ -101,13 +103,16 @@ class Backward:
         return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
     def run(self, o: tuple, saved: tuple) -> tuple:
+        if self._device is not None and self._device != current_device():
+            with torch.cuda.device(self._device):
+                return self.run(o, saved)
         x, weight, bias, residual, slope = self._gradients
         g = (
-            None if x is None else empty_like(x),
-            None if weight is None else empty_like(weight),
-            None if bias is None else empty_like(bias),
-            None if residual is None else empty_like(residual),
-            None if slope is None else empty_like(slope),
+            None if x is None else x(),
+            None if weight is None else weight(),
+            None if bias is None else bias(),
+            None if residual is None else residual(),
+            None if slope is None else slope(),
         )
         if self._tidy:
             o, saved = self._tidied(Operands(*o), Saved(*saved))
@@ -187,7 +192,7 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
             dweight, dbias, parts = shares.empty(g)
         elif not writes_affine:
             dweight = dbias = None
-        totals = None if scratch is None else empty_like(scratch)
+        totals = None if scratch is None else scratch()
         launch.run((
             x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
@@ -210,7 +215,7 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = None if scratch is None else empty_like(scratch)
+        partials = None if scratch is None else scratch()
         launch.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
             o.running_mean, o.running_var, None, partials, o.weight, o.bias, o.slope,
@@ -237,7 +242,7 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = empty_like(scratch)
+        partials = scratch()
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
         first.run((o.x, saved.dy, saved.dsecond, *(None,) * 5, *beside, None, partials, *affine_of))
@@ -268,7 +273,7 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
 
     def steps(*of: tuple) -> None:
         o, saved, g = _named(*of)
-        partials = empty_like(scratch)
+        partials = scratch()
         first.run((
             o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
             partials, o.weight, o.bias, o.slope,
@@ -334,7 +339,7 @@ def _combination(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> tu
     launch, scratch = sums.column_sums(t, splits * rows // width, width, planes), t.scratch(planes * width)
 
     def combine(partials: Tensor, o: Operands, g: Gradients) -> Tensor:
-        totals = empty_like(scratch)
+        totals = scratch()
         launch.run((partials, totals, *(g.of_rows(affine) if settles else (None, None, None))))
         return totals
 

@@ -1,12 +1,22 @@
 """What plans must know of the machine that a kernel runs on."""
 
 import os
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 import triton
+from torch import Tensor
 
 from ..tuning.plan import Device
+
+#: Of GPUs; builds of torch without them do not have it.
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+
+
+def index_of(x: Tensor) -> int | None:
+    """The number of x's GPU, None of others."""
+    return x.get_device() if x.is_cuda else None
 
 
 @lru_cache

@@ -15,7 +15,8 @@ from ..spec import Operands, Spec
 from ..tuning.measure import Layout, scratch
 from ..tuning.plan import Plan, cdiv, power_of_2
 from ..tuning.problem import Problem
-from . import operands, tiling
+from . import devices, memory, operands, tiling
+from .devices import current_device
 from .operands import Affine
 from .tiling import Planner, Tiling
 
@@ -47,9 +48,9 @@ class Forward:
     """
 
     def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
-        self.spec = spec
+        self.spec, self._device = spec, devices.index_of(o.x)
         first, plain = allocate(spec, o, keep_bits)
-        self._results = [None if t is None else operands.template(t) for t in first]
+        self._results = [None if t is None else memory.like(t) for t in first]
         self._plain = operands.template(plain)
         tidy = operands.tidied(spec, o, plain)
         self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
@@ -67,12 +68,15 @@ class Forward:
         self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
 
     def run(self, o: tuple) -> tuple:
+        if self._device is not None and self._device != current_device():
+            with torch.cuda.device(self._device):
+                return self.run(o)
         y, statistics, bits, second = self._results
         r = (
-            empty_like(y),
-            None if statistics is None else empty_like(statistics),
-            None if bits is None else empty_like(bits),
-            None if second is None else empty_like(second),
+            y(),
+            None if statistics is None else statistics(),
+            None if bits is None else bits(),
+            None if second is None else second(),
         )
         if self._only_launches:
             self._steps(o, r)
@@ -105,6 +109,7 @@ class Moments:
     """
 
     def __init__(self, x: Tensor, plans: Planner) -> None:
+        self._device = devices.index_of(x)
         plain = operands.empty_like(_BATCH, x)
         tidy = operands.tidied(_BATCH, Operands(x), plain).x
         self._copies = tidy is not x
@@ -129,9 +134,12 @@ class Moments:
         self._take = _statistics(t, True, False, True)
 
     def run(self, x: Tensor) -> Tensor:
+        if self._device is not None and self._device != current_device():
+            with torch.cuda.device(self._device):
+                return self.run(x)
         if self._copies:
             x = operands.empty_like(_BATCH, x).copy_(x)
-        statistics = empty_like(self._statistics).view(3, -1)
+        statistics = self._statistics().view(3, -1)
         self._take(Operands(x), (None, statistics))
         _, mean, unbiased = statistics
         return torch.stack([mean, unbiased * self._others if self._others else torch.zeros_like(mean)])
@@ -253,7 +261,7 @@ def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool)
 
     def take(o: tuple, r: tuple) -> Tensor | None:
         x, addend, statistics = o[0], o[8], r[1]
-        partials = empty_like(scratch)
+        partials = scratch()
         first.run((x, partials, addend, None if addend is None else r[3]))
         if not finalize:
             return partials

@@ -11,7 +11,6 @@ Triton compiles for pointers that 16 divides, so who binds a launch must bind an
 """
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from copy import copy
 from typing import Any, NamedTuple
 
@@ -102,7 +101,8 @@ class Launch:
     """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; run with the pointers.
 
     Pointers are tensors, or None where the kernel is to be without; which are None must not change between calls, nor
-    which ones 16 divides, nor their dtypes. Errors are Triton's.
+    which ones 16 divides, nor their dtypes. They are on the current device, which is that of this number. Errors are
+    Triton's.
     """
 
     __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_kernel", "_options",
@@ -111,7 +111,7 @@ class Launch:
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
     ) -> None:
-        self._kernel, self._constants, self._device = kernel, constants, device
+        self._kernel, self._constants, self._device = kernel, constants, device or 0
         self._grid: Any = (*grid, 1, 1)[:3]
         self._options = {"num_warps": warps, **OPTIONS}
         if ctas > 1:
@@ -120,34 +120,29 @@ class Launch:
         self._entry: Any = None
 
     def run(self, pointers: tuple[torch.Tensor | None, ...]) -> None:
-        entry, device = self._entry, self._device
+        entry = self._entry
         if (
             entry is None
             or _ENTER_CALLS or _RUNTIME.launch_enter_hook is not _ENTER
             or _LEAVE_CALLS or _RUNTIME.launch_exit_hook is not _LEAVE
-            or (device is not None and device != torch._C._cuda_getDevice())
         ):  # fmt: skip
             self._launch(pointers)
         elif self._packs:
-            entry(*(self._before + (self._stream(device or 0),) + self._behind + (pointers + self._taken,)))
+            entry(*(self._before + (self._stream(self._device),) + self._behind + (pointers + self._taken,)))
         else:
-            entry(*(self._before + (self._stream(device or 0),) + self._behind + pointers + self._taken))
+            entry(*(self._before + (self._stream(self._device),) + self._behind + pointers + self._taken))
 
     def _launch(self, pointers: tuple) -> None:
-        """As Triton's users launch, on the device where the tensors are; and keeps what that compiled.
-
-        For tensors without memory it only compiles, for the current device.
-        """
+        """As Triton's users launch; and keeps what that compiled. For tensors without memory it only compiles."""
         if pointers[0].is_meta:
             self._kernel.warmup(*pointers, *self._constants, grid=self._grid, **self._options)
             return
-        with nullcontext() if self._device is None else torch.cuda.device(self._device):
-            compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
-            if _DIRECT and self._entry is None:
-                entry = Entry.of(compiled, self._grid, pointers, self._constants)
-                # What is kept here must be there before ``_entry`` says so: another thread may be launching.
-                self._compiled = compiled
-                _, self._before, self._behind, self._packs, taken = entry
-                self._taken = tuple([self._constants[i] for i in taken])
-                self._stream = triton.runtime.driver.active.get_current_stream
-                self._entry = entry.function
+        compiled = self._kernel[self._grid](*pointers, *self._constants, **self._options)
+        if _DIRECT and self._entry is None:
+            entry = Entry.of(compiled, self._grid, pointers, self._constants)
+            # What is kept here must be there before ``_entry`` says so: another thread may be launching.
+            self._compiled = compiled
+            _, self._before, self._behind, self._packs, taken = entry
+            self._taken = tuple([self._constants[i] for i in taken])
+            self._stream = triton.runtime.driver.active.get_current_stream
+            self._entry = entry.function

@@ -81,11 +81,7 @@ def empty_padded(spec: Spec, x: Tensor) -> Tensor:
 
 
 def template(tensor: Tensor) -> Tensor:
-    """The tensor without its memory. ``torch.empty_like`` of it makes another like the tensor was.
-
-    All that calls allocate they make so: it takes less than to say sizes and strides, and what the CPU has in its
-    caches for the first of a call's results it has for the others.
-    """
+    """The tensor without its memory, to tell how others are to lie."""
     tensor.untyped_storage().resize_(0)
     return tensor
 

@@ -6,12 +6,12 @@ Functions here bind such launches to a tiling; what they give is called with ten
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..kernels import sums as kernels
 from ..tuning.plan import cdiv, power_of_2
 from .launch import Launch
+from .memory import Maker
 from .operands import Affine
 from .tiling import Tiling
 
@@ -68,7 +68,7 @@ def shared_sums(t: Tiling, affine: Affine) -> Callable[..., Tensor]:
 
     def run(partials: Tensor, weight: Tensor | None, totals: Tensor | None = None) -> Tensor:
         if totals is None:
-            totals = torch.empty_like(scratch)
+            totals = scratch()
         launch.run((partials, totals, weight if weighted else None))
         return totals
 
@@ -100,9 +100,9 @@ class Shares(NamedTuple):
     """
 
     count: int  # type: ignore[assignment]  # a tuple's method, which nobody calls here
-    #: Numbers of each gradient, and a template of all.
+    #: Numbers of each gradient, and what makes room for all.
     numbers: int
-    scratch: Tensor
+    scratch: Maker
     launch: Launch
 
     @staticmethod
@@ -115,7 +115,7 @@ class Shares(NamedTuple):
         _, weight, bias, *_ = g
         if self.count == 1 or (weight is None and bias is None):
             return weight, bias, None
-        parts = torch.empty_like(self.scratch)
+        parts = self.scratch()
         # A view of the first half alone would take as long to make as half a launch.
         return None if weight is None else parts, None if bias is None else parts[self.numbers :], parts
 

@@ -23,7 +23,8 @@ from ..tuning.plan import Plan, cdiv, power_of_2
 from ..tuning.problem import Problem, Walked, key
 from . import devices
 from .launch import Launch
-from .operands import Affine, template
+from .memory import Maker, empty
+from .operands import Affine
 
 #: From a problem to the plan that a call is to be bound with.
 Planner = Callable[[Problem], Plan]
@@ -126,9 +127,9 @@ class Tiling:
         """The accumulation dtype, for torch."""
         return torch.float64 if self.work.itemsize == 8 else torch.float32
 
-    def scratch(self, size: int) -> Tensor:
-        """A template of so many sums, in the accumulation dtype."""
-        return template(torch.empty(size, dtype=self.dtype, device=self.memory))
+    def scratch(self, size: int) -> Maker:
+        """What makes room for so many sums, in the accumulation dtype."""
+        return empty((size,), (1,), self.dtype, self.memory)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *constants: Any, warps: int | None = None) -> Launch:
         """With the plan's warps, in its clusters; or with these warps, of kernels that walk no tile of x."""
@@ -150,7 +151,7 @@ def cut(
     """
     width = spec.width(x.shape)
     geometry = view(walked, tuple(x.shape), x.stride(), y.stride(), width, affine.kept)
-    index = x.get_device() if x.is_cuda else None
+    index = devices.index_of(x)
     samples = geometry.A if affine.kept else 1
     device = devices.device(index)
     work = Work(geometry, x.element_size(), backward, reduce, extra, device, affine.form, beside, samples)
