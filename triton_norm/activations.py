@@ -4,8 +4,10 @@ To add one, add its two functions to ``kernels/activations.py`` and its row here
 """
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -154,13 +156,6 @@ for _name, _row in ACTIVATIONS.items():
     if _row.module is not None:
         _BY_CLASS.setdefault(_row.module, []).append(_name)
 
-#: Of classes with one row and no tensor: the row's name, and the attributes of an instance that are its numbers.
-_BY_ONLY_CLASS = {
-    cls: (names[0], tuple([attribute for attribute, _ in ACTIVATIONS[names[0]].parameters]))
-    for cls, names in _BY_CLASS.items()
-    if len(names) == 1 and names[0] != "prelu"
-}
-
 
 def resolve(activation: Any) -> Resolved:
     """Turns ``None``, a name or a ``torch.nn`` activation instance into its row and parameters.
@@ -173,9 +168,6 @@ def resolve(activation: Any) -> Resolved:
     if isinstance(activation, str):
         if activation in _BY_NAME:
             return _BY_NAME[activation]
-    elif type(activation) in _BY_ONLY_CLASS:
-        name, attributes = _BY_ONLY_CLASS[type(activation)]
-        return Resolved(name, tuple([float(getattr(activation, attribute)) for attribute in attributes]))
     else:
         for name in _BY_CLASS.get(type(activation), ()):
             row = ACTIVATIONS[name]
@@ -187,6 +179,13 @@ def resolve(activation: Any) -> Resolved:
         f"unsupported activation {activation!r}: expected None, one of {', '.join(map(repr, NAMES))}, "
         f"or an instance of {classes}"
     )
+
+
+def reading(activation: Any) -> Callable[[], object] | None:
+    """What reads, of a module, all attributes that say what it means, which may change; None where there are none."""
+    rows = [ACTIVATIONS[name] for name in _BY_CLASS.get(type(activation), ())]
+    attributes = {attribute for row in rows for attribute, _ in (*row.parameters, *filter(None, [row.selector]))}
+    return partial(operator.attrgetter(*sorted(attributes)), activation) if attributes else None
 
 
 class Kept(NamedTuple):

@@ -74,20 +74,20 @@ class Table(dict):
         self[key] = call
 
 
-#: Of pairs that are tried one after the other.
+#: Of pairs under one key, which are tried one after the other; the oldest of more goes.
 MOST_ALIKE = 16
 #: A test of tensors, and the call for those that pass.
 Pair = tuple[Callable[..., bool], Callable[..., Any]]
 
 
-def with_alike(pairs: tuple[Pair, ...], tensors: Sequence[Tensor], call: Callable[..., Any]) -> tuple[Pair, ...]:
-    """The pairs with one in front for tensors like these; the oldest of too many goes.
+def alike(tensors: Sequence[Tensor], call: Callable[..., Any]) -> Pair:
+    """The call, behind a test for tensors like these.
 
     The test is called with as many tensors. It holds for those of the same types, dtypes, devices, shapes and strides
     that require gradients alike, while torch dispatches in the same way: not under autocast if it was not on, nor under
     a transform or a dispatch mode.
     """
-    return ((_test(tensors), call), *pairs[: MOST_ALIKE - 1])
+    return _test(tensors), call
 
 
 def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:

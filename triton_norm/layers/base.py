@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import operator
+from collections.abc import Callable
+from contextlib import suppress
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
-from ..activations import resolve
+from ..activations import reading, resolve
 from ..ops import recovered
-from ..ops.call import normalize
+from ..ops.call import Site, normalize
 from ..ops.checks import check_padding_mode, named
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from .texts import composed
+
+#: In place of running mean, running variance and number of batches.
+_NONE = (None, None, None)
 
 
 def _renamed(function: FunctionType, name: str) -> FunctionType:
@@ -37,12 +44,18 @@ class Activated(nn.Module):
     memory_efficient = False
     padding = 0
     padding_mode = "zeros"
+    #: Attributes that a call depends on beside its operands, and what reads them all of a module's ``__dict__``.
+    _settings: tuple[str, ...] = ("activation", "eps", "memory_efficient")
+    _read: Callable[[dict[str, Any]], tuple]
+    #: Whether it depends on nothing else.
+    _remembers = True
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         if "{" in (doc := cls.__dict__.get("__doc__") or ""):
             cls.__doc__ = composed(doc)
         # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
+        cls._read = operator.itemgetter(*cls._settings)
         for name in ("__init__", "forward"):
             inherited = getattr(cls, name)
             is_own = name in cls.__dict__ or inherited is getattr(nn.Module, name)
@@ -69,31 +82,88 @@ class Activated(nn.Module):
             super().__setattr__(name, value)
 
     def _call(
-        self, asked: tuple[str, Any, bool, float | None], said: tuple, input: Tensor, weight: Tensor | None | Own,
-        bias: Tensor | None | Own, residual: Tensor | None, mean: Tensor | None = None, var: Tensor | None = None,
-        count: Tensor | None = None, pre_residual: Tensor | None = None,
+        self, said: tuple, input: Tensor, weight: Tensor | None | Own, bias: Tensor | None | Own,
+        residual: Tensor | None, pre_residual: Tensor | None = None,
     ) -> Result:  # fmt: skip
-        """One call, of kind, argument, use_stats and momentum, and of what is said at it: activation, padding,
-        padding_mode, return_unpadded, unit_offset, correction, dtype, return_sum and memory_efficient. Where that is
-        ``...``, the module's own setting counts, read at every call, so that a changed one counts at once.
+        """One call, of what is said at it: activation, padding, padding_mode, return_unpadded, unit_offset, correction,
+        dtype, return_sum and memory_efficient. Where that is ``...``, the module's own setting counts, read at every
+        call, so that a changed one counts at once.
         """
+        own, site = self.__dict__, None
+        last = None if is_dynamo_compiling() else own.get("_last")
+        if last is not None:
+            kind, settings, said_then, reads, read, used, its_site = last
+            try:
+                if (
+                    said == said_then and settings == kind._read(own) and kind is type(self)
+                    and (reads is None or reads() == read)
+                ):  # fmt: skip
+                    site, parameters, mean, var, count = its_site, own["_parameters"], None, None, None
+                    if weight is ...:
+                        weight = parameters["weight"]
+                    if bias is ...:
+                        bias = parameters["bias"]
+                    if used:
+                        buffers = own["_buffers"]
+                        mean, var = buffers["running_mean"], buffers["running_var"]
+                        if used == 3:
+                            count = buffers["num_batches_tracked"]
+                    operands = (input, weight, bias, residual, None, mean, var, count, pre_residual)
+                    call = site.recall(operands)
+                    if call is not None:
+                        return call(operands)
+            except KeyError:
+                # What was the module's own is elsewhere: parametrized, pruned or a property.
+                pass
+        return self._anew(said, input, weight, bias, residual, pre_residual, site)
+
+    def _anew(
+        self, said: tuple, input: Tensor, weight: Tensor | None | Own, bias: Tensor | None | Own,
+        residual: Tensor | None, pre_residual: Tensor | None, site: Site | None,
+    ) -> Result:  # fmt: skip
+        """The same, of operands that ``site`` does not recall, or without one."""
         activation, padding, mode, return_unpadded, unit_offset, correction, dtype, return_sum, efficient = said
-        name, numbers, slope = resolve(self.activation if activation is ... else activation)
         if weight is ... or bias is ...:
             own_weight, own_bias = parameters_of(self)
             weight = own_weight if weight is ... else weight
             bias = own_bias if bias is ... else bias
+        asked, used = self._asked(input)
+        mean, var, count = (*running_of(self)[:used], *_NONE[used:]) if used else _NONE
+        activation = self.activation if activation is ... else activation
+        name, numbers, slope = resolve(activation)
         # In the order of a ``Spec``, which is only made where the call is not found.
         spec = asked + (
             self.eps, name, numbers, self.padding if padding is ... else padding,
             self.padding_mode if mode is ... else mode, return_unpadded, unit_offset, correction,
-            dtype if dtype is None else named(dtype), return_sum, None,
+            dtype if dtype is None else named(dtype), return_sum, self._group(),
             self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
-        return self._run(spec, (input, weight, bias, residual, slope, mean, var, count, pre_residual))
+        operands = (input, weight, bias, residual, slope, mean, var, count, pre_residual)
+        if site is not None or is_dynamo_compiling() or slope is not None or not self._remembers:
+            return normalize(spec, operands, site)
+        site = Site()
+        result = normalize(spec, operands, site)
+        if site.recalls:
+            kind, reads = type(self), reading(activation)
+            with suppress(KeyError):
+                settings = kind._read(self.__dict__)
+                self.__dict__["_last"] = kind, settings, said, reads, reads and reads(), used, site
+        return result
 
-    #: What a call comes to. A norm that does something else with it overrides this.
-    _run = staticmethod(normalize)
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        """Kind, argument, use_stats and momentum of the spec, and how many of ``running_of`` go with them.
+
+        Raises what torch's module does of such an input.
+        """
+        raise NotImplementedError
+
+    def _group(self) -> str | None:
+        """The name of the process group whose ranks take their statistics together, if there are more than one."""
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is remembered of calls."""
+        return {name: value for name, value in self.__dict__.items() if name != "_last"}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]
@@ -109,6 +179,7 @@ class Fused(Activated):
 
     #: How many spatial dims the input has; None for any number.
     _dims: int | None = None
+    _settings = (*Activated._settings, "padding", "padding_mode")
 
     def _construct(  # type: ignore[override]  # each takes what is its own, and passes on the rest
         self, *args: Any, padding: Padding, padding_mode: PaddingMode, **options: Any

@@ -34,6 +34,8 @@ __all__ = [
 
 
 class BatchNorm(Affine, _BatchNorm):
+    _settings = (*Affine._settings, "training", "track_running_stats", "momentum")
+
     def __init__(
         self,
         num_features: int,
@@ -84,28 +86,24 @@ class BatchNorm(Affine, _BatchNorm):
         dtype: torch.dtype | None = None, memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``tn.functional.batch_norm`` with the module's state and settings, but for what is said here."""
-        self._check_input_dim(input)
-        training = self.training
-        mean = var = count = None
-        if not training or self.track_running_stats:
-            mean, var, count = running_of(self)
-            if not training:
-                count = None
-        # Without a momentum it is a cumulative average.
-        momentum = self.momentum
-        if momentum is None and count is None:
-            momentum = 0.0
-        use_stats = training or (mean is None and var is None)
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
-        return self._call(
-            ("batch", None, use_stats, momentum), said, input, weight, bias, residual, mean, var, count
-        )  # fmt: skip
+        return self._call(said, input, weight, bias, residual)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        self._check_input_dim(input)
+        mean, var, count = running_of(self)
+        used = 2 if not self.training else 3 if self.track_running_stats else 0
+        # Without a momentum it is a cumulative average.
+        momentum = 0.0 if self.momentum is None and (used < 3 or count is None) else self.momentum
+        return ("batch", None, self.training or (mean is None and var is None), momentum), used
 
     if TYPE_CHECKING:
         __call__ = forward
 
 
 class InstanceNorm(Affine, _InstanceNorm):
+    _settings = (*Affine._settings, "training", "track_running_stats", "momentum")
+
     def __init__(
         self,
         num_features: int,
@@ -165,19 +163,18 @@ class InstanceNorm(Affine, _InstanceNorm):
         if unbatched:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
-        asked = (
-            "instance", None, self.training or not self.track_running_stats,
-            0.0 if self.momentum is None else self.momentum,
-        )  # fmt: skip
-        mean, var, _ = running_of(self)
         said = (
             activation, padding, padding_mode, return_unpadded, unit_offset, int(unbiased), dtype, False,
             memory_efficient,
         )  # fmt: skip
-        y = self._call(asked, said, input, weight, bias, residual, mean, var)
+        y = self._call(said, input, weight, bias, residual)
         if not unbatched:
             return y
         return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        momentum = 0.0 if self.momentum is None else self.momentum
+        return ("instance", None, self.training or not self.track_running_stats, momentum), 2
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -301,6 +298,8 @@ class GroupNorm(Affine, nn.GroupNorm):
     Wu and He, "Group Normalization" (2018).
     """
 
+    _settings = (*Affine._settings, "num_groups")
+
     def __init__(
         self,
         num_groups: int,
@@ -351,7 +350,10 @@ class GroupNorm(Affine, nn.GroupNorm):
     ) -> Result:  # fmt: skip
         """``tn.functional.group_norm`` with the module's parameters and settings, but for what is said here."""
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
-        return self._call(("group", self.num_groups, True, 0.0), said, input, weight, bias, residual)
+        return self._call(said, input, weight, bias, residual)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        return ("group", self.num_groups, True, 0.0), 0
 
     if TYPE_CHECKING:
         __call__ = forward

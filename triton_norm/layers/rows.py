@@ -41,6 +41,8 @@ class LayerNorm(Activated, nn.LayerNorm):
     Ba et al., "Layer Normalization" (2016).
     """
 
+    _settings = (*Activated._settings, "normalized_shape")
+
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
@@ -83,9 +85,11 @@ class LayerNorm(Activated, nn.LayerNorm):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``tn.functional.layer_norm`` with the module's parameters and settings, but for what is said here."""
-        asked = ("layer", self.normalized_shape, True, 0.0)
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
-        return self._call(asked, said, input, weight, bias, residual, None, None, None, pre_residual)
+        return self._call(said, input, weight, bias, residual, pre_residual)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        return ("layer", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -111,6 +115,8 @@ class RMSNorm(Activated, nn.RMSNorm):
 
     Zhang and Sennrich, "Root Mean Square Layer Normalization" (2019).
     """
+
+    _settings = (*Activated._settings, "normalized_shape")
 
     def __init__(
         self,
@@ -153,9 +159,11 @@ class RMSNorm(Activated, nn.RMSNorm):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``tn.functional.rms_norm`` with the module's parameters and settings, but for what is said here."""
-        asked = ("rms", self.normalized_shape, True, 0.0)
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
-        return self._call(asked, said, input, weight, ..., residual, None, None, None, pre_residual)
+        return self._call(said, input, weight, None, residual, pre_residual)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        return ("rms", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -183,6 +191,8 @@ class LayerNorm2d(Fused, nn.LayerNorm):
     """
 
     _dims = 2
+
+    _settings = (*Fused._settings, "normalized_shape")
 
     def __init__(
         self,
@@ -229,10 +239,12 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """Layer norm of the channels with the module's parameters and settings, but for what is said here."""
-        check_4d(input)
-        asked = ("channels", self.normalized_shape, True, 0.0)
         said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
-        return self._call(asked, said, input, weight, bias, residual)
+        return self._call(said, input, weight, bias, residual)
+
+    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+        check_4d(input)
+        return ("channels", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
         __call__ = forward

@@ -7,9 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.call import normalize
-from ..spec import Spec
-from ..types import ActivationLike, Padding, PaddingMode, Result
+from ..types import ActivationLike, Padding, PaddingMode
 from .base import Fused
 from .norms import BatchNorm
 
@@ -44,6 +42,9 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         'relu'
     """
 
+    # But also on the process group.
+    _remembers = False
+
     def __init__(
         self,
         num_features: int,
@@ -69,16 +70,9 @@ class SyncBatchNorm(BatchNorm, nn.SyncBatchNorm):
         super()._check_input_dim(input)
         self._check_non_zero_input_channels(input)
 
-    def _run(self, spec: tuple, operands: tuple) -> Result:
-        group = self._peers() if self.training else None
-        if group is not None:
-            spec = Spec(*spec).but(process_group=group)
-        return normalize(spec, operands)
-
-    def _peers(self) -> str | None:
-        """The name of the process group to synchronize with, if there is more than one rank in it."""
+    def _group(self) -> str | None:
         distributed = torch.distributed
-        if not (distributed.is_available() and distributed.is_initialized()):
+        if not (self.training and distributed.is_available() and distributed.is_initialized()):
             return None
         group: Any = self.process_group or distributed.group.WORLD
         return group.group_name if distributed.get_world_size(group) > 1 else None

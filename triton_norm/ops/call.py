@@ -12,19 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..launching.keys import (
     HIP,
+    MOST_ALIKE,
     ORDINARY,
+    Pair,
     Table,
+    alike,
     in_forward_mode,
     is_compiling,
     is_for_torch,
     is_ordinary,
     placement,
-    with_alike,
 )
 from ..spec import BY_CHANNEL, ROWS, Operands, Spec
+from ..tuning import autotune
 from . import backend, ranks, recovered, reference
 from .checks import DTYPES, HALF, check, is_wide, matched, matched_rows
 
@@ -38,7 +42,49 @@ _RMS_EPS = {dtype: torch.finfo(torch.promote_types(dtype, torch.float32)).eps fo
 _calls = Table()
 
 
-def normalize(spec: tuple, operands: tuple) -> Result:
+class Site:
+    """Where calls of one spec come from again and again, such as a module: what ran the last of them.
+
+    It is asked before the table of all calls, since it is asked with less: neither spec nor shape is hashed.
+    """
+
+    #: Of pairs that are tried one after the other.
+    MOST = 4
+
+    __slots__ = ("_found",)
+
+    def __init__(self) -> None:
+        self._found: tuple[tuple, ...] = ()
+
+    @property
+    def recalls(self) -> bool:
+        return bool(self._found)
+
+    def recall(self, operands: tuple) -> Call | None:
+        """What ran operands like these before. None where nothing did, and where somebody may be looking on."""
+        if (
+            type(operands[0]) not in ORDINARY or forward_ad._current_level >= 0
+            or torch._C._get_tracing_state() is not None
+        ):  # fmt: skip
+            return None
+        try:
+            tensors, given, places = _seen(operands)
+        except (AttributeError, TypeError, RuntimeError):
+            return None
+        if places % 16:
+            return None
+        now = given, autotune.changes, backend.setting()
+        for when, are_alike, call in self._found:
+            if when == now and are_alike(*tensors):
+                return call
+        return None
+
+    def keep(self, given: int, pair: Pair) -> None:
+        when = given, autotune.changes, backend.setting()
+        self._found = ((when, *pair), *self._found[: self.MOST - 1])
+
+
+def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
     """``pad(activation(norm(x + pre_residual) * weight + bias + residual))`` as ``spec`` says; a pair with
     ``return_unpadded`` or ``return_sum``.
 
@@ -49,52 +95,65 @@ def normalize(spec: tuple, operands: tuple) -> Result:
     # Nothing of a subclass is remembered, and a fake tensor warns of whoever asks where it lies.
     if is_compiling() or in_forward_mode() or type(operands[0]) not in ORDINARY:
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(operands)
-    x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual = operands
-    # Written out: as a loop this takes twice as long, and it is most of what a call costs here.
-    call = None
+    pair = None
     try:
-        places, given, tensors = x.data_ptr(), 1, [x]
-        if weight is not None:
-            places, given = places | weight.data_ptr(), 3
-            tensors.append(weight)
-        if bias is not None:
-            places, given = places | bias.data_ptr(), given + 4
-            tensors.append(bias)
-        if residual is not None:
-            places, given = places | residual.data_ptr(), given + 8
-            tensors.append(residual)
-        if slope is not None:
-            places, given = places | slope.data_ptr(), given + 16
-            tensors.append(slope)
-        if running_mean is not None:
-            places, given = places | running_mean.data_ptr(), given + 32
-            tensors.append(running_mean)
-        if running_var is not None:
-            places, given = places | running_var.data_ptr(), given + 64
-            tensors.append(running_var)
-        if count is not None:
-            places, given = places | count.data_ptr(), given + 128
-            tensors.append(count)
-        if pre_residual is not None:
-            places, given = places | pre_residual.data_ptr(), given + 256
-            tensors.append(pre_residual)
-        key = spec, backend.setting(), x.shape, given, (places % 16 or HIP) and placement(operands)
-        for are_alike, found in _calls.get(key, ()):
-            if are_alike(*tensors):
-                call = found
+        tensors, given, places = _seen(operands)
+        key = spec, backend.setting(), operands[0].shape, given, (places % 16 or HIP) and placement(operands)
+        for pair in _calls.get(key, ()):
+            if pair[0](*tensors):
                 break
+        else:
+            pair = None
     except (AttributeError, TypeError, RuntimeError):
         # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
         key = None
-    if call is None:
+    if pair is None:
         o = Operands(*operands)
         is_recorded = torch._C._get_tracing_state() is not None
         is_traced = is_recorded or not all(t is None or is_ordinary(t) for t in o)
         with _unwarned() if is_recorded else nullcontext():
             call = _settle(Spec(*spec), o, is_traced)
-        if key is not None and not is_traced:
-            _calls.keep(key, with_alike(_calls.get(key, ()), tensors, call))
-    return call(operands)
+        if key is None or is_traced:
+            return call(operands)
+        pair = alike(tensors, call)
+        _calls.keep(key, (pair, *_calls.get(key, ())[: MOST_ALIKE - 1]))
+    if site is not None and not places % 16:
+        site.keep(given, pair)
+    return pair[1](operands)
+
+
+def _seen(operands: tuple) -> tuple[list[Tensor], int, int]:
+    """The tensors among the operands, one bit for each that is there, and all their addresses' bits.
+
+    Written out: as a loop it takes twice as long, and it is most of what a call costs here.
+    """
+    x, weight, bias, residual, slope, running_mean, running_var, count, pre_residual = operands
+    places, given, tensors = x.data_ptr(), 1, [x]
+    if weight is not None:
+        places, given = places | weight.data_ptr(), 3
+        tensors.append(weight)
+    if bias is not None:
+        places, given = places | bias.data_ptr(), given + 4
+        tensors.append(bias)
+    if residual is not None:
+        places, given = places | residual.data_ptr(), given + 8
+        tensors.append(residual)
+    if slope is not None:
+        places, given = places | slope.data_ptr(), given + 16
+        tensors.append(slope)
+    if running_mean is not None:
+        places, given = places | running_mean.data_ptr(), given + 32
+        tensors.append(running_mean)
+    if running_var is not None:
+        places, given = places | running_var.data_ptr(), given + 64
+        tensors.append(running_var)
+    if count is not None:
+        places, given = places | count.data_ptr(), given + 128
+        tensors.append(count)
+    if pre_residual is not None:
+        places, given = places | pre_residual.data_ptr(), given + 256
+        tensors.append(pre_residual)
+    return tensors, given, places
 
 
 @contextmanager
