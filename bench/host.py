@@ -26,8 +26,8 @@ from triton_norm.cli.progress import Progress
 from triton_norm.launching.backward import Backward
 from triton_norm.launching.forward import Forward
 from triton_norm.launching.launch import INTERPRETED, Launch
-from triton_norm.layers.base import Activated
-from triton_norm.ops.autograd import Kernels
+from triton_norm.ops.autograd import Kernels, _Normalize
+from triton_norm.ops.call import Site
 from triton_norm.tuning import autotune
 
 from . import common, stub
@@ -35,6 +35,9 @@ from .common import Parser, UserError
 from .layers import Fused, Plain, build
 from .offline import kernels_for_cpu_tensors
 from .shapes import Shape
+
+#: What autograd calls in the backward direction.
+NODE: Any = _Normalize._backward_cls  # type: ignore[attr-defined]  # torch makes it of the Function
 
 FIELDS = ("layer", "direction", "total_us", "module_us", "checks_us", "autograd_us", "op_us", "arguments_us",
           "plan_us", "allocation_us", "launch_us", "launches", "unfused_us", "no_grad_us")  # fmt: skip
@@ -62,9 +65,9 @@ LAYERS: dict[str, dict[str, Any]] = {
 }
 
 LEGEND = """
-module: nn.Module, its forward and the spec; autograd: its engine and Function; arguments: what is between the look-up
-and the launches besides; plan: the look-up of the bound call; allocation: of outputs; launch: Triton's. Checks and
-operators (op) are for the first call of a shape and for traced calls: nothing of them is left here.
+module: nn.Module, its forward and settings; autograd: its engine and Function; arguments: what is between the look-up
+and the launches besides; plan: the look-up of the call, backward with what was saved; allocation: of outputs; launch:
+Triton's. Checks and operators (op) are for the first call of a shape and for traced calls: nothing of them is left here.
 Unfused: the same layer in PyTorch's own operators, on the same tiny tensors. no grad: the forward under no_grad."""
 
 Row = dict[str, object]
@@ -179,24 +182,29 @@ def _below(bound: Sequence[Call], launches: Sequence[Call]) -> dict[str, Timed]:
 
 def _depths(forward: Callable[[], Any], wanted: Sequence[torch.Tensor]) -> dict[tuple[str, str], Timed]:
     """A fused layer's passes at each depth, by direction and depth."""
-    # What runs a call is settled anew, from functions that record.
+    # What runs a call is settled anew, from functions that record, and then recalled.
     autotune.forget()
     with (
-        recording(Activated, "_run") as asked,
+        recording(Site, "recall") as recalled,
         recording(Kernels, "run") as found,
         recording(Forward, "run") as bound,
         recording(Launch, "run") as launches,
     ):
+        forward()
+        for calls in (recalled, found, bound, launches):
+            calls.clear()
         y = forward()
     autotune.forget()
-    ways = {"asked": Timed(_only(asked)), "found": Timed(_only(found)), **_below(bound, launches)}
+    ways = {"plan": Timed(_only(recalled)), "found": Timed(_only(found)), **_below(bound, launches)}
     timed = {("forward", depth): way for depth, way in ways.items()}
+    y, dy = forward(), torch.randn_like(y)
     with (
-        recording(Kernels, "backward") as found,
+        recording(NODE, "apply") as found,
         recording(Backward, "run") as bound,
         recording(Launch, "run") as launches,
     ):
-        torch.autograd.grad(y, wanted, torch.randn_like(y))
+        # What is saved is needed again, whenever that is timed.
+        torch.autograd.grad(y, wanted, dy, retain_graph=True)
     ways = {"found": Timed(_only(found), torch.no_grad), **_below(bound, launches)}
     return timed | {("backward", depth): way for depth, way in ways.items()}
 
@@ -253,7 +261,7 @@ def _rows(name: str, us: dict[tuple[str, str], float], launches: dict[str, int])
             row["arguments_us"] = of["bound"] - of["allocation"] - of["launch"]
         if direction == "forward":
             row |= {
-                "module_us": of["total"] - of["asked"], "plan_us": of["asked"] - of["found"],
+                "module_us": of["total"] - of["plan"] - of["found"], "plan_us": of["plan"],
                 "autograd_us": of["found"] - of["bound"], "no_grad_us": of["no_grad"],
             }  # fmt: skip
         elif direction == "backward":

@@ -80,14 +80,16 @@ MOST_ALIKE = 16
 Pair = tuple[Callable[..., bool], Callable[..., Any]]
 
 
-def alike(tensors: Sequence[Tensor], call: Callable[..., Any]) -> Pair:
+def alike(tensors: Sequence[Tensor | None], call: Callable[..., Any]) -> Pair:
     """The call, behind a test for tensors like these.
 
-    The test is called with as many tensors. It holds for those of the same types, dtypes, devices, shapes and strides
-    that require gradients alike, while torch dispatches in the same way: not under autocast if it was not on, nor under
-    a transform or a dispatch mode.
+    The test is called with as many tensors, and with None where there is none here. It holds for those of the same
+    types, dtypes, devices, shapes and strides that require gradients alike, while torch dispatches in the same way: not
+    under autocast if it was not on, nor under a transform or a dispatch mode.
     """
-    return _test(tensors), call
+    there = [i for i, t in enumerate(tensors) if t is not None]
+    test = _test([tensors[i] for i in there])
+    return test if len(there) == len(tensors) else lambda *others: test(*[others[i] for i in there]), call
 
 
 def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -103,7 +105,8 @@ def _test(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 def _described(tensors: Sequence[Tensor]) -> tuple:
     # Autocast is among what is excluded while it is off.
     dispatched = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-    state = *(keys.raw_repr() for keys in dispatched), functorch_is_active(), dispatch_modes()
+    batched = any(map(_functorch.is_legacy_batchedtensor, tensors))
+    state = *(keys.raw_repr() for keys in dispatched), functorch_is_active(), dispatch_modes(), batched
     return state, *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 

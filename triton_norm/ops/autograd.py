@@ -3,29 +3,34 @@
 Whatever else there is, gradients of gradients among it, goes by the operators of traced.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch import Tensor, is_grad_enabled
+from torch.autograd import forward_ad
 
 from ..launching import bound
 from ..launching.backward import Backward, Saved
 from ..launching.forward import Forward
-from ..launching.keys import HIP, dispatch_modes, functorch_is_active, in_forward_mode, layouts
+from ..launching.keys import HIP, MOST_ALIKE, alike, dispatch_modes, functorch_is_active, in_forward_mode
 from ..spec import Operands, Spec
 from . import traced
 from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
 
-#: By how many tensors there are, what makes of them the differentiable operands, or those that are saved.
-_NO_OPERANDS = tuple((None,) * (INPUTS - n) for n in range(INPUTS + 1))
+Tensors = tuple[Tensor | None, ...]
+
+#: By how many operands are saved, what makes all of them that the backward pass may read.
 _NOT_SAVED = tuple((None,) * (7 - n) for n in range(8))
+#: In front of gradients: that of what is no tensor.
+_NO_GRADIENT = (None,)
 
 
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_asked", "_backwards", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend",
+    __slots__ = ("_asked", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend", "backwards",
                  "reads_residual", "saves_first", "spec")  # fmt: skip
 
     def __init__(self, spec: Spec, o: Operands) -> None:
@@ -46,16 +51,17 @@ class Kernels:
         self._given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
         self._training: Forward | None = None
         self._inference: Forward | None = None
-        self._backwards: dict[tuple, Backward] = {}
+        #: Backward passes: which gradients each is for, a test of its tensors, and what it runs with the saved operands
+        #: and what ``Saved`` says.
+        self.backwards: tuple[tuple[tuple, Callable[..., bool], Callable[[Tensors, Tensors], Tensors]], ...] = ()
 
     def run(self, operands: tuple) -> Tensor | tuple[Tensor, Tensor]:
         if not (self._differentiable and is_grad_enabled()):
             y, _, _, second = (self._inference or self._bind_forward(operands, False)).run(operands)
             return y if second is None else (y, second)
-        _, _, _, _, _, mean, var, count, addend = operands
-        if addend is None:
-            return _apply((self, mean, var, count), *operands[: self._given])
-        both = _apply((self, mean, var, count), *operands[:INPUTS], addend)
+        if self.addend is None:
+            return _apply((self, operands), *operands[: self._given])
+        both = _apply((self, operands), *operands[:INPUTS], operands[-1])
         return both if self._asked.return_sum else both[0]
 
     def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
@@ -66,49 +72,64 @@ class Kernels:
             lambda call: setattr(self, name, call),
         )
 
-    def backward(self, o: tuple[Tensor | None, ...], saved: tuple, wanted: tuple[bool, ...]) -> Sequence[Tensor | None]:
-        """``o`` are the saved operands, ``saved`` is in the order of ``Saved``."""
-        if self._passes_on and wanted[3]:
-            without = (*wanted[:3], False, *wanted[4:])
-            return pass_on(saved[0], self.backward(o, saved, without) if any(without) else None)
-        # Somebody may have packed and unpacked the operands since, or given a parameter other memory.
-        dy, dsecond, _, _ = saved
-        x, weight, bias, residual, slope, mean, _ = o
-        try:
-            places = dy.data_ptr() | x.data_ptr()
-        except RuntimeError:
-            # A batch of gradients, which is no tensor with memory.
-            return traced.backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
-        if weight is not None:
-            places |= weight.data_ptr()
-            weight = weight.is_contiguous() or weight.stride()
-        if bias is not None:
-            places |= bias.data_ptr()
-            bias = bias.is_contiguous() or bias.stride()
-        if residual is not None:
-            places |= residual.data_ptr()
-            residual = residual.is_contiguous() or residual.stride()
-        if dsecond is not None:
-            places |= dsecond.data_ptr()
-            dsecond = dsecond.is_contiguous() or dsecond.stride()
-        all_else = places % 16 or slope is not None or mean is not None or HIP
-        # Shapes are those of all calls by this one, and to ask whether a tensor is contiguous takes half as long as to
-        # ask for its strides.
-        key = (
-            wanted, dy.is_contiguous() or dy.stride(), x.is_contiguous() or x.stride(), weight, bias, residual, dsecond,
-            all_else and layouts((*o, *saved[:2])),
-        )  # fmt: skip
-        call = self._backwards.get(key)
-        if call is None:
-            call = bound.bound(
-                lambda plans: Backward(self.spec, Operands(*o), Saved(*saved), _all_wanted(wanted), plans),
-                lambda call: self._backwards.__setitem__(key, call),
-            )
-        return call.run(o, saved)
+    def backward(self, o: Tensors, saved: Tensors, wanted: tuple[bool, ...]) -> Tensors:
+        """The gradients of what ``_Normalize`` was given, by a pass that is not among ``backwards``.
+
+        ``o`` are the saved operands, ``saved`` is in the order of ``Saved``, and ``wanted`` is what the context needs.
+        """
+        spec, (dy, dsecond, _, _) = self.spec, saved
+        flags, addends, addend = wanted[1:], None, self.addend
+        if addend is not None:
+            addends, flags = (flags[0], flags[-1]), (flags[0] or flags[-1], *flags[1:-1])
+        flags += (False,) * (INPUTS - len(flags))
+        passes = self._passes_on and flags[3]
+        asked = (*flags[:3], False, flags[4]) if passes else flags
+        missing, tensors = _NOT_SAVED[len(o)], (dy, *o) if dsecond is None else (dy, dsecond, *o)
+
+        def finished(dy: Tensor | None, g: Sequence[Tensor | None] | None) -> Tensors:
+            if passes:
+                g = pass_on(dy, g)
+            if addends is not None:
+                g = of_addends(g, addends, addend)
+            return (None, *g)[: len(wanted)]
+
+        def keep(call: Backward) -> None:
+            def plain(o: Tensors, saved: Tensors) -> Tensors:
+                return _NO_GRADIENT + call.run(o + missing, saved)[: len(wanted) - 1]
+
+            def other(o: Tensors, saved: Tensors) -> Tensors:
+                return finished(saved[0], call.run(o + missing, saved))
+
+            run = plain if addends is None and not passes else other
+            pass_ = ((wanted, dsecond is None), *alike(tensors, run))
+            self.backwards = (pass_, *self.backwards[: MOST_ALIKE - 1])
+
+        # Whoever traces this has a dy of another type, or looks at operators; and a batch of gradients has no memory.
+        places = None
+        if not (
+            type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes()
+            or in_forward_mode()
+        ):  # fmt: skip
+            with suppress(RuntimeError):
+                places = _places(tensors)
+        every, kept = Operands(*o, *missing), Saved(*saved)
+        if places is None:
+            return finished(dy, traced.backward(spec, every, kept, flags))
+        if not any(asked):
+            return finished(dy, None)
+        if places % 16 or HIP:
+            return finished(dy, bound.backward(spec, every, kept, asked))
+        call = bound.bound(lambda plans: Backward(spec, every, kept, asked, plans), keep)
+        return finished(dy, call.run(every, saved))
 
 
-def _all_wanted(wanted: tuple[bool, ...]) -> tuple[bool, ...]:
-    return wanted + (False,) * (INPUTS - len(wanted))
+def _places(tensors: Tensors) -> int:
+    """All bits of their addresses. Somebody may have unpacked a saved one elsewhere, or given it other memory."""
+    places = 0
+    for t in tensors:
+        if t is not None:
+            places |= t.data_ptr()
+    return places
 
 
 class _Normalize(torch.autograd.Function):
@@ -116,11 +137,7 @@ class _Normalize(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settled: tuple, *given: Tensor | None):
-        call, mean, var, count = settled
-        if call.addend is None:
-            o = (*given, *_NO_OPERANDS[len(given)], mean, var, count, None)
-        else:
-            o = (*given[:INPUTS], mean, var, count, given[INPUTS])
+        call, o = settled
         y, statistics, bits, second = (call._training or call._bind_forward(o, True)).run(o)
         ctx.kept = call, statistics, bits
         if call.saves_first:
@@ -141,22 +158,15 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dsecond: Tensor | None = None):
         call, statistics, bits = ctx.kept
-        o, wanted = ctx.saved_tensors, ctx.needs_input_grad[1:]
-        o += _NOT_SAVED[len(o)]
-        saved = (dy, dsecond, statistics, bits)
-        if call.addend is not None:
-            addends, wanted = (wanted[0], wanted[INPUTS]), (wanted[0] or wanted[INPUTS], *wanted[1:INPUTS])
-        # Whoever traces this has a dy of another type, or looks at operators.
-        if (
-            type(dy) is not Tensor or is_grad_enabled() or functorch_is_active() or dispatch_modes()
-            or in_forward_mode()
-        ):  # fmt: skip
-            g = traced.backward(call.spec, Operands(*o), Saved(*saved), _all_wanted(wanted))
-        else:
-            g = call.backward(o, saved, wanted)
-        if call.addend is not None:
-            return None, *of_addends(g, addends, call.addend)
-        return None, *g[: len(wanted)]
+        o, wanted, saved = ctx.saved_tensors, ctx.needs_input_grad, (dy, dsecond, statistics, bits)
+        # Of who else may be looking on, the test of tensors tells.
+        if not is_grad_enabled() and forward_ad._current_level < 0:
+            now = wanted, dsecond is None
+            tensors = (dy, *o) if dsecond is None else (dy, dsecond, *o)
+            for then, are_alike, run in call.backwards:
+                if then == now and are_alike(*tensors) and not _places(tensors) % 16:
+                    return run(o, saved)
+        return call.backward(o, saved, wanted)
 
 
 # Past ``Function.apply``, which looks for transforms that have been looked for already; and past its like in the other
