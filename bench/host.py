@@ -66,8 +66,8 @@ LAYERS: dict[str, dict[str, Any]] = {
 
 LEGEND = """
 module: nn.Module, its forward and settings; autograd: its engine and Function; arguments: what is between the look-up
-and the launches besides; plan: the look-up of the call, backward with what was saved; allocation: of outputs; launch:
-Triton's. Checks and operators (op) are for the first call of a shape and for traced calls: nothing of them is left here.
+and the launches besides; plan: the look-up of the call, and of what was saved; allocation: of outputs; launch:
+Triton's. Checks and operators (op) are for the first call of a shape and for traced calls: nothing of them is left.
 Unfused: the same layer in PyTorch's own operators, on the same tiny tensors. no grad: the forward under no_grad."""
 
 Row = dict[str, object]
