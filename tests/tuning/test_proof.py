@@ -290,21 +290,26 @@ def test_every_candidate_proves_itself(name, stopwatch, monkeypatch):
 def test_what_no_kernel_writes_is_not_a_number():
     x = torch.rand(3, 4)
     made = measure.results(
-        lambda: (
-            lambda: [
-                torch.empty(5),
-                x.new_empty(5),
-                torch.empty_like(x),
-                x.new_empty_strided((3, 2), (1, 3)),
-                None,
-                x,
-            ]
-        )
+        lambda: [torch.empty(5), x.new_empty(5), torch.empty_like(x), x.new_empty_strided((3, 2), (1, 3)), None, x]
     )
     assert all(t.isnan().all() for t in made[:4])
     assert made[4] is None and torch.equal(made[5], x)
-    (bits,) = measure.results(lambda: lambda: [x.new_empty(5, dtype=torch.uint8)])
+    (bits,) = measure.results(lambda: [x.new_empty(5, dtype=torch.uint8)])
     assert bits.unique().tolist() == [85]
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_plan_does_not_write_is_not_a_number(backward, stopwatch, monkeypatch):
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    layer = tn.BatchNorm2d(3, activation="relu")
+    with autotune.mode("0"), autotune.recording() as met:
+        layer(x).sum().backward()
+    (p,) = (p for p in met.values() if p.work.backward == backward)
+    found, results = [], measure.results
+    monkeypatch.setattr(measure, "results", lambda call: found.append(results(call)) or found[-1])
+    monkeypatch.setattr(launch.Launch, "run", lambda *_: None)
+    measure.Trial(p)(p.work.heuristic())
+    assert found[0][0].isnan().all()
 
 
 @pytest.mark.parametrize("backward", [False, True])

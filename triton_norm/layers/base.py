@@ -90,7 +90,7 @@ class Activated(nn.Module):
         call, so that a changed one counts at once.
         """
         own, site = self.__dict__, None
-        last = None if is_dynamo_compiling() else own.get("_last")
+        last = None if is_dynamo_compiling() else own.get("_last_call")
         if last is not None:
             kind, settings, said_then, reads, read, used, its_site = last
             try:
@@ -147,7 +147,7 @@ class Activated(nn.Module):
             kind, reads = type(self), reading(activation)
             with suppress(KeyError):
                 settings = kind._read(self.__dict__)
-                self.__dict__["_last"] = kind, settings, said, reads, reads and reads(), used, site
+                self.__dict__["_last_call"] = kind, settings, said, reads, reads and reads(), used, site
         return result
 
     def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
@@ -163,7 +163,7 @@ class Activated(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of calls."""
-        return {name: value for name, value in self.__dict__.items() if name != "_last"}
+        return {name: value for name, value in self.__dict__.items() if name != "_last_call"}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -51,9 +51,9 @@ class Kernels:
         self._given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
         self._training: Forward | None = None
         self._inference: Forward | None = None
-        #: Backward passes: which gradients each is for, a test of its tensors, and what it runs with the saved operands
-        #: and what ``Saved`` says.
-        self.backwards: tuple[tuple[tuple, Callable[..., bool], Callable[[Tensors, Tensors], Tensors]], ...] = ()
+        #: Backward passes: whether only the first result has a gradient, a test of the tensors, and what is run with
+        #: the saved operands and what ``Saved`` says. Which gradients are wanted is the same of all.
+        self.backwards: tuple[tuple[bool, Callable[..., bool], Callable[[Tensors, Tensors], Tensors]], ...] = ()
 
     def run(self, operands: tuple) -> Tensor | tuple[Tensor, Tensor]:
         if not (self._differentiable and is_grad_enabled()):
@@ -101,8 +101,7 @@ class Kernels:
                 return finished(saved[0], call.run(o + missing, saved))
 
             run = plain if addends is None and not passes else other
-            pass_ = ((wanted, dsecond is None), *alike(tensors, run))
-            self.backwards = (pass_, *self.backwards[: MOST_ALIKE - 1])
+            self.backwards = ((dsecond is None, *alike(tensors, run)), *self.backwards[: MOST_ALIKE - 1])
 
         # Whoever traces this has a dy of another type, or looks at operators; and a batch of gradients has no memory.
         places = None
@@ -161,10 +160,10 @@ class _Normalize(torch.autograd.Function):
         o, wanted, saved = ctx.saved_tensors, ctx.needs_input_grad, (dy, dsecond, statistics, bits)
         # Of who else may be looking on, the test of tensors tells.
         if not is_grad_enabled() and forward_ad._current_level < 0:
-            now = wanted, dsecond is None
-            tensors = (dy, *o) if dsecond is None else (dy, dsecond, *o)
-            for then, are_alike, run in call.backwards:
-                if then == now and are_alike(*tensors) and not _places(tensors) % 16:
+            alone = dsecond is None
+            tensors = (dy, *o) if alone else (dy, dsecond, *o)
+            for other, are_alike, run in call.backwards:
+                if other is alone and are_alike(*tensors) and not _places(tensors) % 16:
                     return run(o, saved)
         return call.backward(o, saved, wanted)
 

@@ -112,22 +112,22 @@ class Trial:
         with on(problem.device), torch.no_grad():
             # Fresh operands for each, since some are updated.
             bind, self._bind = self._bind or problem.scratch(problem), None
-            found = results(lambda: bind(plan))
+            with _Poison():
+                # Only what is bound while somebody looks allocates where that is seen.
+                call = bind(plan)
+            found = results(call)
             if self._expected is None:
                 self._expected = found
             elif difference := compare(found, self._expected):
                 raise Disagreement(difference)
             del found
-            return seconds(bind(plan))
+            return seconds(call)
 
 
-def results(bind: Callable[[], Callable[[], Any]]) -> list[Tensor | None]:
-    """What a call gives and updates, NaN wherever it writes nothing.
-
-    It is bound for this alone, and only so does it allocate where that is seen.
-    """
+def results(call: Callable[[], Any]) -> list[Tensor | None]:
+    """What a call gives and updates, NaN wherever it writes nothing."""
     with _Poison():
-        return [t if t is None else t.clone() for t in bind()()]
+        return [t if t is None else t.clone() for t in call()]
 
 
 class _Poison(TorchDispatchMode):
