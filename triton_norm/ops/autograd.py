@@ -159,7 +159,7 @@ class _Normalize(torch.autograd.Function):
         call, statistics, bits = ctx.kept
         o, wanted, saved = ctx.saved_tensors, ctx.needs_input_grad, (dy, dsecond, statistics, bits)
         # Of who else may be looking on, the test of tensors tells.
-        if not is_grad_enabled() and forward_ad._current_level < 0:
+        if dy is not None and not is_grad_enabled() and forward_ad._current_level < 0:
             alone = dsecond is None
             tensors = (dy, *o) if alone else (dy, dsecond, *o)
             for other, are_alike, run in call.backwards:
