@@ -105,8 +105,8 @@ class Launch:
     Triton's.
     """
 
-    __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_kernel", "_options",
-                 "_packs", "_stream", "_taken")  # fmt: skip
+    __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_head", "_kernel",
+                 "_options", "_packs", "_stream", "_taken")  # fmt: skip
 
     def __init__(
         self, kernel: Any, grid: tuple[int, ...], constants: tuple, warps: int, device: int | None, ctas: int = 1
@@ -118,6 +118,10 @@ class Launch:
             # Not said otherwise: Triton before 3.9 knows no clusters for these kernels.
             self._options["num_ctas"] = ctas
         self._entry: Any = None
+        self._stream: Any = None
+        self._taken: tuple = ()
+        #: A stream, and what is in front of the arguments there.
+        self._head: tuple[object, tuple] = (None, ())
 
     def run(self, pointers: tuple[torch.Tensor | None, ...]) -> None:
         entry = self._entry
@@ -127,10 +131,14 @@ class Launch:
             or _LEAVE_CALLS or _RUNTIME.launch_exit_hook is not _LEAVE
         ):  # fmt: skip
             self._launch(pointers)
-        elif self._packs:
-            entry(*(self._before + (self._stream(self._device),) + self._behind + (pointers + self._taken,)))
+            return
+        stream, head = self._stream(self._device), self._head
+        if head[0] != stream:
+            self._head = head = stream, self._before + (stream,) + self._behind
+        if self._packs:
+            entry(*(head[1] + (pointers + self._taken,)))
         else:
-            entry(*(self._before + (self._stream(self._device),) + self._behind + pointers + self._taken))
+            entry(*(head[1] + pointers + self._taken))
 
     def _launch(self, pointers: tuple) -> None:
         """As Triton's users launch; and keeps what that compiled. For tensors without memory it only compiles."""

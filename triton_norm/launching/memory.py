@@ -19,6 +19,12 @@ def like(tensor: Tensor) -> Maker:
     return empty(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
 
 
+def part(numbers: int, start: int) -> Callable[[Tensor], Tensor]:
+    """Makes a view of so many numbers of a dense tensor from that one on, likewise."""
+    view = getattr(_dynamo.guards, "_reinterpret_tensor", torch.as_strided)
+    return lambda tensor: view(tensor, (numbers,), (1,), start)
+
+
 def empty(shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Maker:
     """``torch.empty_strided`` with these arguments, or what compiled graphs allocate by, which takes half as long.
 

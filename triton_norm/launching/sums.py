@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels import sums as kernels
 from ..tuning.plan import cdiv, power_of_2
 from .launch import Launch
-from .memory import Maker
+from .memory import Maker, part
 from .operands import Affine
 from .tiling import Tiling
 
@@ -100,15 +100,16 @@ class Shares(NamedTuple):
     """
 
     count: int  # type: ignore[assignment]  # a tuple's method, which nobody calls here
-    #: Numbers of each gradient, and what makes room for all.
-    numbers: int
+    #: What makes room for all, and gives the half that is bias's.
     scratch: Maker
+    second: Callable[[Tensor], Tensor]
     launch: Launch
 
     @staticmethod
     def of(t: Tiling, programs: int) -> "Shares":
         count, columns = programs // t.work.samples, t.geometry.columns * t.work.samples
-        return Shares(count, count * columns, t.scratch(2 * count * columns), column_sums(t, count, columns))
+        half = count * columns
+        return Shares(count, t.scratch(2 * half), part(half, half), column_sums(t, count, columns))
 
     def empty(self, g: tuple) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Targets for weight and bias and, if they are parts yet to be summed, the memory of these."""
@@ -116,8 +117,8 @@ class Shares(NamedTuple):
         if self.count == 1 or (weight is None and bias is None):
             return weight, bias, None
         parts = self.scratch()
-        # A view of the first half alone would take as long to make as half a launch.
-        return None if weight is None else parts, None if bias is None else parts[self.numbers :], parts
+        # A view of the first half alone would take as long to make as a third of a launch.
+        return None if weight is None else parts, None if bias is None else self.second(parts), parts
 
     def sum(self, parts: Tensor, g: tuple) -> None:
         _, weight, bias, *_ = g

@@ -127,7 +127,7 @@ class Activated(nn.Module):
             own_weight, own_bias = parameters_of(self)
             weight = own_weight if weight is ... else weight
             bias = own_bias if bias is ... else bias
-        asked, used = self._asked(input)
+        asked, used = self._asked(input, weight, bias)
         mean, var, count = (*running_of(self)[:used], *_NONE[used:]) if used else _NONE
         activation = self.activation if activation is ... else activation
         name, numbers, slope = resolve(activation)
@@ -150,10 +150,12 @@ class Activated(nn.Module):
                 self.__dict__["_last_call"] = kind, settings, said, reads, reads and reads(), used, site
         return result
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         """Kind, argument, use_stats and momentum of the spec, and how many of ``running_of`` go with them.
 
-        Raises what torch's module does of such an input.
+        Raises what the module does of such operands; those that are recalled have passed.
         """
         raise NotImplementedError
 

@@ -13,7 +13,7 @@ def check_4d(input: Tensor, num_features: int | None = None) -> None:
         )
 
 
-def check_shapes(shape: torch.Size, **tensors: Tensor) -> None:
+def check_shapes(shape: torch.Size, **tensors: object) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor) or t.shape != shape:
             got = tuple(t.shape) if isinstance(t, Tensor) else repr(t)

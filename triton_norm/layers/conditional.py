@@ -41,6 +41,7 @@ class AdaIN2d(Fused):
     """
 
     _dims = 2
+    _settings = (*Fused._settings, "num_features")
 
     def __init__(
         self,
@@ -85,8 +86,6 @@ class AdaIN2d(Fused):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """In one pass, with the module's settings but for what is said here."""
-        check_4d(input, self.num_features)
-        check_shapes(input.shape[:2], scale=scale, shift=shift)
         correction = int(self.unbiased if unbiased is ... else unbiased)
         said = (
             activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, False,
@@ -94,7 +93,11 @@ class AdaIN2d(Fused):
         )  # fmt: skip
         return self._call(said, input, scale, shift, residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+        check_4d(input, self.num_features)
+        check_shapes(input.shape[:2], scale=weight, shift=bias)
         return ("instance", None, True, 0.0), 0
 
     if TYPE_CHECKING:

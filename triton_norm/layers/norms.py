@@ -89,7 +89,9 @@ class BatchNorm(Affine, _BatchNorm):
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         self._check_input_dim(input)
         mean, var, count = running_of(self)
         used = 2 if not self.training else 3 if self.track_running_stats else 0
@@ -102,6 +104,7 @@ class BatchNorm(Affine, _BatchNorm):
 
 
 class InstanceNorm(Affine, _InstanceNorm):
+    _dims: int
     _settings = (*Affine._settings, "training", "track_running_stats", "momentum")
 
     def __init__(
@@ -155,8 +158,9 @@ class InstanceNorm(Affine, _InstanceNorm):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """``tn.functional.instance_norm`` with the module's state and settings, but for what is said here."""
-        self._check_input_dim(input)
-        unbatched = input.dim() == self._get_no_batch_dim()
+        unbatched = input.dim() != self._dims + 2
+        if unbatched:
+            self._check_input_dim(input)
         if input.size(0 if unbatched else 1) != self.num_features:
             # torch's own forward raises here, or warns when there is no affine.
             super().forward(input)
@@ -172,7 +176,9 @@ class InstanceNorm(Affine, _InstanceNorm):
             return y
         return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         momentum = 0.0 if self.momentum is None else self.momentum
         return ("instance", None, self.training or not self.track_running_stats, momentum), 2
 
@@ -352,7 +358,9 @@ class GroupNorm(Affine, nn.GroupNorm):
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         return ("group", self.num_groups, True, 0.0), 0
 
     if TYPE_CHECKING:

@@ -88,7 +88,9 @@ class LayerNorm(Activated, nn.LayerNorm):
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(said, input, weight, bias, residual, pre_residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         return ("layer", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
@@ -162,7 +164,9 @@ class RMSNorm(Activated, nn.RMSNorm):
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(said, input, weight, None, residual, pre_residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         return ("rms", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
@@ -242,7 +246,9 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(self, input: Tensor) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(
+        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> tuple[tuple[str, Any, bool, float | None], int]:
         check_4d(input)
         return ("channels", self.normalized_shape, True, 0.0), 0
 
