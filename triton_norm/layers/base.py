@@ -47,7 +47,9 @@ class Activated(nn.Module):
     #: Attributes that a call depends on beside its operands, and what reads them all of a module's ``__dict__``.
     _settings: tuple[str, ...] = ("activation", "eps", "memory_efficient")
     _read: Callable[[dict[str, Any]], tuple]
-    #: Whether it depends on nothing else.
+    #: Whether it depends on nothing else, so that the module may keep, of its last call: its class and settings then,
+    #: what was said, what reads an activation's own attributes and what it read, how many of ``running_of`` were used,
+    #: and the ``Site`` of all such calls.
     _remembers = True
 
     def __init_subclass__(cls, **options: Any) -> None:
@@ -89,10 +91,11 @@ class Activated(nn.Module):
         dtype, return_sum and memory_efficient. Where that is ``...``, the module's own setting counts, read at every
         call, so that a changed one counts at once.
         """
-        own, site = self.__dict__, None
+        own, call, site = self.__dict__, None, None
         last = None if is_dynamo_compiling() else own.get("_last_call")
         if last is not None:
             kind, settings, said_then, reads, read, used, its_site = last
+            # Not by ``suppress``, which takes as long as the look-up.
             try:
                 if (
                     said == said_then and settings == kind._read(own) and kind is type(self)
@@ -110,11 +113,11 @@ class Activated(nn.Module):
                             count = buffers["num_batches_tracked"]
                     operands = (input, weight, bias, residual, None, mean, var, count, pre_residual)
                     call = site.recall(operands)
-                    if call is not None:
-                        return call(operands)
             except KeyError:
                 # What was the module's own is elsewhere: parametrized, pruned or a property.
                 pass
+        if call is not None:
+            return call(operands)
         return self._anew(said, input, weight, bias, residual, pre_residual, site)
 
     def _anew(
@@ -134,7 +137,7 @@ class Activated(nn.Module):
         # In the order of a ``Spec``, which is only made where the call is not found.
         spec = asked + (
             self.eps, name, numbers, self.padding if padding is ... else padding,
-            self.padding_mode if mode is ... else mode, return_unpadded, unit_offset, correction,
+            self.padding_mode if mode is ... else mode, return_unpadded, unit_offset, int(correction),
             dtype if dtype is None else named(dtype), return_sum, self._group(),
             self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip

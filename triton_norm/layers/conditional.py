@@ -86,7 +86,7 @@ class AdaIN2d(Fused):
         memory_efficient: bool | Own = ...,
     ) -> Result:  # fmt: skip
         """In one pass, with the module's settings but for what is said here."""
-        correction = int(self.unbiased if unbiased is ... else unbiased)
+        correction = self.unbiased if unbiased is ... else unbiased
         said = (
             activation, padding, padding_mode, return_unpadded, unit_offset, correction, dtype, False,
             memory_efficient,

@@ -168,8 +168,7 @@ class InstanceNorm(Affine, _InstanceNorm):
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)
         said = (
-            activation, padding, padding_mode, return_unpadded, unit_offset, int(unbiased), dtype, False,
-            memory_efficient,
+            activation, padding, padding_mode, return_unpadded, unit_offset, unbiased, dtype, False, memory_efficient,
         )  # fmt: skip
         y = self._call(said, input, weight, bias, residual)
         if not unbatched:
