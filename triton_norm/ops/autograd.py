@@ -31,7 +31,7 @@ class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
     __slots__ = ("_asked", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend", "backwards",
-                 "reads_residual", "saves_first", "spec")  # fmt: skip
+                 "reads_residual", "saved", "saves_first", "spec")  # fmt: skip
 
     def __init__(self, spec: Spec, o: Operands) -> None:
         self._asked = spec
@@ -42,6 +42,8 @@ class Kernels:
         #: Whether what is saved are the first of the operands, and whether z is recomputed from the residual.
         self.saves_first = spec.use_stats and not spec.memory_efficient and o.slope is None and o.pre_residual is None
         self.reads_residual = spec.activation != "identity"
+        #: How many of ``saved_of`` may be there.
+        self.saved = 7 if not spec.use_stats else 5 if o.slope is not None else 4 if o.residual is not None else 3
         # With a residual alone, its gradient is the result's.
         self._passes_on = o.residual is not None and passes_on(spec)
         differentiable = (*o[:INPUTS], o.pre_residual)
@@ -143,12 +145,12 @@ class _Normalize(torch.autograd.Function):
             # Bits tell what the residual is read for.
             ctx.save_for_backward(*(given if bits is None and call.reads_residual else given[:3]))
         elif call.spec.memory_efficient:
-            ctx.save_for_backward(*saved_of(call.spec, (y, *o[1:]), None))
+            ctx.save_for_backward(*saved_of(call.spec, (y, *o[1:]), None)[: call.saved])
         elif call.addend is not None:
             # From here on the sum is what is normalized.
-            ctx.save_for_backward(*saved_of(call.spec, (second, *o[1:]), bits))
+            ctx.save_for_backward(*saved_of(call.spec, (second, *o[1:]), bits)[: call.saved])
         else:
-            ctx.save_for_backward(*saved_of(call.spec, o, bits))
+            ctx.save_for_backward(*saved_of(call.spec, o, bits)[: call.saved])
         if second is None:
             return y
         ctx.set_materialize_grads(False)

@@ -238,7 +238,9 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
         call = partial(traced.forward, own)
     else:
         call = autograd.Kernels(own, o).run
-    if not (slope_behind or pad_behind or spec.kind in ROWS or (unpadded and spec.return_unpadded)):
+    # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
+    dense = spec.kind in ROWS and not o.x.is_contiguous()
+    if not (slope_behind or pad_behind or dense or (unpadded and spec.return_unpadded)):
         return call
 
     # Not annotated: the compiler of older releases of torch does not know unions.
@@ -249,8 +251,7 @@ def _by_kernels(spec: Spec, o: Operands, is_traced: bool) -> Call:
             y, total = y
         if slope_behind:
             y = reference.finish(y, x, None, reference.on_torch(spec, slope, y), y.dtype)
-        elif spec.kind in ROWS:
-            # Rows that are apart in memory, of an input in channels_last, are made dense for the kernels.
+        elif dense:
             y = reference.in_format_of(x, y)
         if spec.return_sum:
             return y, reference.in_format_of(x, total)
