@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from unittest import mock
@@ -23,8 +22,7 @@ import triton.language as tl
 
 from triton_norm.cli.demo import table
 from triton_norm.cli.progress import Progress
-from triton_norm.launching.backward import Backward
-from triton_norm.launching.forward import Forward
+from triton_norm.launching import memory
 from triton_norm.launching.launch import INTERPRETED, Launch
 from triton_norm.ops.autograd import Kernels, _Normalize
 from triton_norm.ops.call import Site
@@ -150,16 +148,10 @@ class Stopwatch(NamedTuple):
         return 1e6 * best / self.calls
 
 
-@contextmanager
-def _allocating_only(call: Call) -> Iterator[None]:
-    with torch.no_grad(), mock.patch.object(call.args[0], "_steps", lambda *_: None):
-        yield
-
-
 class Together(NamedTuple):
     """Calls one after the other."""
 
-    calls: tuple[Call, ...]
+    calls: tuple[Callable[[], object], ...]
 
     def __call__(self) -> object:
         return [call() for call in self.calls]
@@ -170,12 +162,13 @@ def _only(calls: Sequence[Call]) -> Call:
     return call
 
 
-def _below(bound: Sequence[Call], launches: Sequence[Call]) -> dict[str, Timed]:
-    """A bound call once it is found, and what of it allocates and launches."""
-    call = _only(bound)
+def _below(bound: Call, launches: Sequence[Call]) -> dict[str, Timed]:
+    """A bound pass once it is found, and what of it allocates its results and launches."""
+    with torch.no_grad():
+        results = [t for t in bound() if t is not None]
     return {
-        "bound": Timed(call, torch.no_grad),
-        "allocation": Timed(call, partial(_allocating_only, call)),
+        "bound": Timed(bound, torch.no_grad),
+        "allocation": Timed(Together(tuple(map(memory.like, results))), torch.no_grad),
         "launch": Timed(Together(tuple(launches)), torch.no_grad),
     }
 
@@ -187,24 +180,27 @@ def _depths(forward: Callable[[], Any], wanted: Sequence[torch.Tensor]) -> dict[
     with (
         recording(Site, "recall") as recalled,
         recording(Kernels, "run") as found,
-        recording(Forward, "run") as bound,
         recording(Launch, "run") as launches,
     ):
         forward()
-        for calls in (recalled, found, bound, launches):
+        for calls in (recalled, found, launches):
             calls.clear()
         y = forward()
     autotune.forget()
+    kernels, operands = _only(found).args
+    bound = Call(kernels._training, (operands,))
     ways = {"plan": Timed(_only(recalled)), "found": Timed(_only(found)), **_below(bound, launches)}
     timed = {("forward", depth): way for depth, way in ways.items()}
     y, dy = forward(), torch.randn_like(y)
-    with (
-        recording(NODE, "apply") as found,
-        recording(Backward, "run") as bound,
-        recording(Launch, "run") as launches,
-    ):
-        # What is saved is needed again, whenever that is timed.
+    # What is saved is needed again, whenever that is timed.
+    torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    with recording(NODE, "apply") as found, recording(Launch, "run") as launches:
         torch.autograd.grad(y, wanted, dy, retain_graph=True)
+    context, dy = _only(found).args
+    kernels, statistics, bits = context.kept
+    _, _, run, _ = kernels.backwards[0]
+    o = context.saved_tensors
+    bound = Call(run, (o + (None,) * (7 - len(o)), (dy, None, statistics, bits)))
     ways = {"found": Timed(_only(found), torch.no_grad), **_below(bound, launches)}
     return timed | {("backward", depth): way for depth, way in ways.items()}
 

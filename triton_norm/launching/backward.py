@@ -13,9 +13,9 @@ from ..kernels import sums as sum_kernels
 from ..spec import Operands, Spec
 from ..tuning.measure import Layout, scratch
 from ..tuning.plan import Plan, cdiv, power_of_2
-from . import devices, memory, operands, sums, tiling
-from .devices import current_device
+from . import devices, operands, sums, tiling
 from .launch import Launch
+from .memory import Makers, like, made
 from .operands import Affine
 from .sums import Gradients
 from .tiling import Planner, Tiling
@@ -26,14 +26,15 @@ class Saved(NamedTuple):
 
     dy: Tensor | None
     dsecond: Tensor | None
-    #: As ``forward.Results`` has them. Of a batch norm over ranks they are all ranks', and behind them are the ``Sums``
+    #: As ``forward.Results`` has them. Of a batch norm over ranks they are all ranks', and behind them are the sums
     #: of all ranks, over N, times how many numbers a channel has on this rank: (4, C).
     statistics: Tensor | None
     bits: Tensor | None
 
 
-#: From tuples in the order of ``Operands``, ``Saved`` and ``Gradients``, plain ones as in the forward direction.
-Steps = Callable[[tuple, tuple, tuple], None]
+#: From tuples in the order of ``Operands`` and ``Saved`` to one in that of ``Gradients``, plain ones as in the forward
+#: direction.
+Pass = Callable[[tuple, tuple], tuple]
 
 
 def residual_gradient(spec: Spec, x: Tensor) -> torch.dtype:
@@ -59,7 +60,7 @@ def allocate(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients
 
 
 def allocate_sums(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Gradients, Tensor]:
-    """Likewise for ``Sums``."""
+    """Likewise of a pass for sums only."""
     gradients, plain = allocate(spec, o, (False, *wanted[1:]))
     if wanted[0]:
         sizes = (2 if o.slope is None else 3, o.x.shape[1])
@@ -67,110 +68,89 @@ def allocate_sums(spec: Spec, o: Operands, wanted: Sequence[bool]) -> tuple[Grad
     return gradients, plain
 
 
-class Backward:
-    """A backward pass of operands that lie like those that it was made from.
+def bind(
+    spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner, sums_only: bool = False
+) -> Pass:  # fmt: skip
+    """A backward pass of operands that lie like these, and alike lie towards 16 bytes.
 
     ``wanted`` says which gradients of x, weight, bias, residual and slope to give. The residual is needed only where
     the activation's derivative depends on it and there are no bits. Without activation and padding the residual's
-    gradient is dy, which nobody needs to ask for. ``run`` takes tuples in the order of ``Operands`` and ``Saved``, and
-    gives one in the order of ``Gradients``.
+    gradient is dy, which nobody needs to ask for.
+
+    ``sums_only`` is the first half of that of a batch norm with all ranks' statistics: what these add up before any has
+    its gradient of x. In that gradient's place are Σ g x̂ and Σ g of each of a rank's channels, (2 or 3, C), with g the
+    gradient of x̂; or, where one weight serves a channel, that gradient without the weight. Beside it are the gradients
+    of weight and bias, unless these are per element, and of slope.
     """
+    asked = Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
+    gradients, plain = (allocate_sums if sums_only else allocate)(spec, o, wanted)
+    shared_slope = gradients.slope is not None and gradients.slope.numel() != o.x.shape[1]
+    if shared_slope:
+        gradients = gradients._replace(slope=o.slope.new_empty(o.x.shape[1]))
+    makers = [None if g is None else like(g) for g in gradients]
+    plain = operands.template(plain)
+    tidy = _tidied(spec, plain, o, saved)
+    tidies = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
+    launches = run = _launches(spec, *tidy, plain, asked, makers, plans, sums_only)
+    if tidies or shared_slope:
 
-    _allocate = staticmethod(allocate)
+        def run(o: tuple, saved: tuple) -> tuple:
+            if tidies:
+                o, saved = _tidied(spec, plain, Operands(*o), Saved(*saved))
+            g = launches(o, saved)
+            return (*g[:4], g[4].sum(0, keepdim=True)) if shared_slope else g
 
-    def __init__(self, spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], plans: Planner) -> None:
-        self.spec, self._device = spec, devices.index_of(o.x)
-        self.wanted = Gradients(*wanted)  # type: ignore[arg-type]  # whether each is wanted
-        gradients, plain = self._allocate(spec, o, wanted)
-        self._shared_slope = gradients.slope is not None and gradients.slope.numel() != o.x.shape[1]
-        if self._shared_slope:
-            gradients = gradients._replace(slope=o.slope.new_empty(o.x.shape[1]))
-        self._gradients = [None if g is None else memory.like(g) for g in gradients]
-        self._plain = operands.template(plain)
-        tidy = self._tidied(o, saved)
-        self._tidy = any(a is not b for a, b in zip((*o, *saved), (*tidy[0], *tidy[1]), strict=True))
-        self._steps = _bind(type(self), spec, *tidy, plain, self.wanted, plans)
-
-    def _tidied(self, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
-        plain, dy = self._plain, saved.dy
-        o = operands.tidied(self.spec, o, plain)
-        if self.spec.padding == 0:
-            # Only the sum's gradient came.
-            dy = torch.zeros_like(plain, dtype=self.spec.result(o.x)) if dy is None else operands.like(dy, plain)
-        else:
-            padded = operands.empty_padded(self.spec, o.x)
-            dy = padded.zero_() if dy is None else operands.like(dy, padded)
-        return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
-
-    def run(self, o: tuple, saved: tuple) -> tuple:
-        if self._device is not None and self._device != current_device():
-            with torch.cuda.device(self._device):
-                return self.run(o, saved)
-        x, weight, bias, residual, slope = self._gradients
-        g = (
-            None if x is None else x(),
-            None if weight is None else weight(),
-            None if bias is None else bias(),
-            None if residual is None else residual(),
-            None if slope is None else slope(),
-        )
-        if self._tidy:
-            o, saved = self._tidied(Operands(*o), Saved(*saved))
-        self._steps(o, saved, g)
-        if self._shared_slope:
-            return (*g[:4], g[4].sum(0, keepdim=True))
-        return g
+    return devices.on(o.x, run)
 
 
-class Sums(Backward):
-    """What ranks add up before any has its gradient of x, of a batch norm with all ranks' statistics.
+def _tidied(spec: Spec, plain: Tensor, o: Operands, saved: Saved) -> tuple[Operands, Saved]:
+    o, dy = operands.tidied(spec, o, plain), saved.dy
+    if spec.padding == 0:
+        # Only the sum's gradient came.
+        dy = torch.zeros_like(plain, dtype=spec.result(o.x)) if dy is None else operands.like(dy, plain)
+    else:
+        padded = operands.empty_padded(spec, o.x)
+        dy = padded.zero_() if dy is None else operands.like(dy, padded)
+    return o, saved._replace(dy=dy, dsecond=operands.like(saved.dsecond, plain))
 
-    In that gradient's place are Σ g x̂ and Σ g of each of a rank's channels, (2 or 3, C), with g the gradient of x̂; or,
-    where one weight serves a channel, that gradient without the weight. Beside it are the gradients of weight and bias,
-    unless these are per element, and of slope.
-    """
 
-    _allocate = staticmethod(allocate_sums)
-
-
-def _bind(
-    kind: type[Backward], spec: Spec, o: Operands, saved: Saved, plain: Tensor, asked: Gradients, plans: Planner
-) -> Steps:  # fmt: skip
+def _launches(
+    spec: Spec, o: Operands, saved: Saved, plain: Tensor, asked: Gradients, makers: Makers, plans: Planner,
+    sums_only: bool,
+) -> Pass:  # fmt: skip
+    """A pass of these tidy operands."""
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
-    trial = partial(_on_scratch, kind, spec, [Layout.of(t) for t in o], [Layout.of(t) for t in saved], asked)
+    layouts = [Layout.of(t) for t in o], [Layout.of(t) for t in saved]
+    trial = partial(_on_scratch, spec, *layouts, asked, sums_only)
     extra = "bits" if saved.bits is not None else "none" if o.residual is None else "residual"
     t = tiling.cut(
         spec, walked, o.x, plain if spec.padding == 0 else saved.dy, affine=affine, per_channel=per_channel,
         reduce=spec.use_stats and spec.process_group is None and not per_channel, extra=extra, backward=True,
         plans=plans, scratch=trial, beside=int(spec.padding == 0 and saved.dsecond is not None),
     )  # fmt: skip
-    if kind is Sums:
+    if sums_only:
         regime = _sums
     elif spec.process_group is not None:
         regime = _summed
     else:
         regime = _persistent if t.plan.regime == "persistent" else _split if spec.use_stats else _given
     # Sums of a row: those for dx and the affine, and one for the slope.
-    return regime(t, affine, asked, 2 if o.slope is None else 3)
+    return regime(t, affine, asked, makers, 2 if o.slope is None else 3)
 
 
 def _on_scratch(
-    kind: type[Backward], spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[Any], problem
+    spec: Spec, layouts: list, saved_layouts: list, wanted: Sequence[Any], sums_only: bool, problem
 ) -> Callable[[Plan], Callable[[], object]]:
     o, saved = Operands(*scratch(layouts, problem.device)), Saved(*scratch(saved_layouts, problem.device))
 
     def with_plan(plan: Plan) -> Callable[[], object]:
-        return partial(kind(spec, o, saved, wanted, tiling.on_trial(problem, plan)).run, o, saved)
+        return partial(bind(spec, o, saved, wanted, tiling.on_trial(problem, plan), sums_only), o, saved)
 
     return with_plan
 
 
-def _named(o: tuple, saved: tuple, g: tuple) -> tuple[Operands, Saved, Gradients]:
-    return Operands(*o), Saved(*saved), Gradients(*g)
-
-
-def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+def _persistent(t: Tiling, affine: Affine, asked: Gradients, makers: Makers, planes: int) -> Pass:
     """Whole rows in one program: one launch, and another where parameters' gradients are sums of several rows."""
     launch = t.launch(
         kernels.persistent_backward, (t.programs,),
@@ -183,16 +163,24 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
     writes_affine = direct or affine.form == "element"
     scratch = None if finish is None else t.scratch(planes * t.geometry.rows)
 
-    def steps(o: tuple, saved: tuple, g: tuple) -> None:
+    make_x, make_weight, make_bias, make_residual, make_slope = makers
+
+    def run(o: tuple, saved: tuple) -> tuple:
         x, weight, bias, residual, slope, *_ = o
         dy, dsecond, statistics, bits = saved
-        dx, dweight, dbias, dresidual, dslope = g
-        parts = None
+        dx = None if make_x is None else make_x()
+        dweight = None if make_weight is None else make_weight()
+        dbias = None if make_bias is None else make_bias()
+        dresidual = None if make_residual is None else make_residual()
+        dslope = None if make_slope is None else make_slope()
+        g = dx, dweight, dbias, dresidual, dslope
+        parts = totals = None
         if shares is not None:
             dweight, dbias, parts = shares.empty(g)
         elif not writes_affine:
             dweight = dbias = None
-        totals = None if scratch is None else scratch()
+        if scratch is not None:
+            totals = scratch()
         launch.run((
             x, dy, dsecond, dx, dresidual, dweight, dbias, dslope if direct else None, residual, bits, statistics,
             totals, weight, bias, slope,
@@ -201,11 +189,12 @@ def _persistent(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Ste
             shares.sum(parts, g)
         if finish is not None:
             finish(totals, g)
+        return g
 
-    return steps
+    return run
 
 
-def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+def _given(t: Tiling, affine: Affine, asked: Gradients, makers: Makers, planes: int) -> Pass:
     """Statistics that are given (eval): dx depends on no sum, so one pass writes all but what is summed over rows."""
     splits = t.plan.splits
     launch = _gradient(t, affine, splits)
@@ -213,8 +202,8 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     finish = sums.parameter_gradients(t, affine, splits) if any(asked.of_rows(affine)) and not direct else None
     scratch = None if finish is None else t.scratch(planes * splits * t.geometry.rows)
 
-    def steps(*of: tuple) -> None:
-        o, saved, g = _named(*of)
+    def run(*of: tuple) -> tuple:
+        o, saved, g = Operands(*of[0]), Saved(*of[1]), Gradients(*made(makers))
         partials = None if scratch is None else scratch()
         launch.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, direct), o.residual, saved.bits, None,
@@ -222,11 +211,12 @@ def _given(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         ))  # fmt: skip
         if finish is not None:
             finish(partials, g)
+        return g
 
-    return steps
+    return run
 
 
-def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+def _split(t: Tiling, affine: Affine, asked: Gradients, makers: Makers, planes: int) -> Pass:
     """Programs that share a row: a pass for its sums, one for what depends on them, and launches for other sums."""
     splits = t.plan.splits
     combine, settles = _combination(t, affine, asked, planes)
@@ -240,8 +230,8 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     columns = _long_columns(t, affine) if affine.form == "column" and (asked.weight or asked.bias) else None
     scratch = t.scratch(planes * splits * t.geometry.rows)
 
-    def steps(*of: tuple) -> None:
-        o, saved, g = _named(*of)
+    def run(*of: tuple) -> tuple:
+        o, saved, g = Operands(*of[0]), Saved(*of[1]), Gradients(*made(makers))
         partials = scratch()
         beside = (o.residual, saved.bits, saved.statistics, None, None)
         affine_of = (o.weight, o.bias, o.slope)
@@ -256,12 +246,13 @@ def _split(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
             finish(partials, g)
         if columns is not None:
             columns(o, saved, g)
+        return g
 
-    return steps
+    return run
 
 
-def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
-    """The first of two halves: ``Sums``."""
+def _sums(t: Tiling, affine: Affine, asked: Gradients, makers: Makers, planes: int) -> Pass:
+    """The first of two halves."""
     splits, rows, channels = t.plan.splits, t.geometry.rows, t.geometry.channels
     first, scratch = _gradient(t, affine, splits), t.scratch(planes * splits * rows)
     by_sample = affine.per_sample is not None
@@ -271,8 +262,8 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
     else:
         by_channel = sums.column_sums(t, splits * rows // channels, channels, planes)
 
-    def steps(*of: tuple) -> None:
-        o, saved, g = _named(*of)
+    def run(*of: tuple) -> tuple:
+        o, saved, g = Operands(*of[0]), Saved(*of[1]), Gradients(*made(makers))
         partials = scratch()
         first.run((
             o.x, saved.dy, saved.dsecond, *(None,) * 5, o.residual, saved.bits, saved.statistics, None, None, None,
@@ -280,27 +271,29 @@ def _sums(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
         ))  # fmt: skip
         if not by_sample:
             by_channel.run((partials, g.x, *g.of_rows(affine)))
-            return
+            return g
         weighted(partials, o.weight, g.x)
         if finish is not None:
             finish(partials, g)
+        return g
 
-    return steps
+    return run
 
 
-def _summed(t: Tiling, affine: Affine, asked: Gradients, planes: int) -> Steps:
+def _summed(t: Tiling, affine: Affine, asked: Gradients, makers: Makers, planes: int) -> Pass:
     """The second: what is per element, from the sums of all ranks."""
     last = _gradient(t, affine, 1)
 
-    def steps(*of: tuple) -> None:
-        o, saved, g = _named(*of)
+    def run(*of: tuple) -> tuple:
+        o, saved, g = Operands(*of[0]), Saved(*of[1]), Gradients(*made(makers))
         statistics, totals = saved.statistics.view(2, -1)
         last.run((
             o.x, saved.dy, saved.dsecond, g.x, g.residual, *g.by_kernel(affine, False), o.residual, saved.bits,
             statistics, None, None, totals, None, o.weight, o.bias, o.slope,
         ))  # fmt: skip
+        return g
 
-    return steps
+    return run
 
 
 def _gradient(t: Tiling, affine: Affine, parts: int) -> Launch:

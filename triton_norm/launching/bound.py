@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..spec import Operands, Spec
 from ..tuning import autotune
-from .backward import Backward, Saved, Sums
-from .forward import Forward, Moments, Results
+from . import backward as backwards
+from . import forward as forwards
+from .backward import Saved
+from .forward import Results
 from .keys import Table, layouts
 from .sums import Gradients
 from .tiling import Planner, Tuned
@@ -33,29 +35,31 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     key = (spec, keep_bits, *layouts(o))
     call = _forwards.get(key)
     if call is None:
-        call = bound(lambda plans: Forward(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
-    return Results(*call.run(o))
+        call = bound(lambda plans: forwards.bind(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
+    return Results(*call(o))
 
 
 def backward(
-    spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], kind: type[Backward] = Backward
+    spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], sums_only: bool = False
 ) -> Gradients:  # fmt: skip
-    """The wanted gradients of x, weight, bias, residual and slope. See ``backward.Backward`` and ``Sums``."""
+    """The wanted gradients of x, weight, bias, residual and slope. See ``backward.bind``."""
     key = (spec, wanted, *layouts((*o, *saved)))
-    calls = _sums if kind is Sums else _backwards
+    calls = _sums if sums_only else _backwards
     call = calls.get(key)
     if call is None:
-        call = bound(lambda plans: kind(spec, o, saved, wanted, plans), lambda call: calls.keep(key, call))
-    return Gradients(*call.run(o, saved))
+        call = bound(
+            lambda plans: backwards.bind(spec, o, saved, wanted, plans, sums_only), lambda call: calls.keep(key, call)
+        )
+    return Gradients(*call(o, saved))
 
 
 def moments(x: Tensor) -> Tensor:
-    """See ``forward.Moments``."""
+    """See ``forward.bind_moments``."""
     key = layouts((x,))
     call = _moments.get(key)
     if call is None:
-        call = bound(lambda plans: Moments(x, plans), lambda call: _moments.keep(key, call))
-    return call.run(x)
+        call = bound(lambda plans: forwards.bind_moments(x, plans), lambda call: _moments.keep(key, call))
+    return call(x)
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -10,13 +11,27 @@ from torch import Tensor
 
 from ..tuning.plan import Device
 
-#: Of GPUs; builds of torch without them do not have it.
-current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", lambda: 0)
+Pass = TypeVar("Pass", bound=Callable[..., Any])
 
 
 def index_of(x: Tensor) -> int | None:
     """The number of x's GPU, None of others."""
     return x.get_device() if x.is_cuda else None
+
+
+def on(x: Tensor, run: Pass) -> Pass:
+    """The same with x's GPU as the current one, which it is anyway where there is only one."""
+    index = index_of(x)
+    if index is None or torch.cuda.device_count() < 2:
+        return run
+
+    def there(*tensors: Any) -> Any:
+        if torch._C._cuda_getDevice() == index:
+            return run(*tensors)
+        with torch.cuda.device(index):
+            return run(*tensors)
+
+    return cast(Pass, there)
 
 
 @lru_cache

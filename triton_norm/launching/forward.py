@@ -15,8 +15,8 @@ from ..spec import Operands, Spec
 from ..tuning.measure import Layout, scratch
 from ..tuning.plan import Plan, cdiv, power_of_2
 from ..tuning.problem import Problem
-from . import devices, memory, operands, tiling
-from .devices import current_device
+from . import devices, operands, tiling
+from .memory import Makers, like, made
 from .operands import Affine
 from .tiling import Planner, Tiling
 
@@ -34,115 +34,86 @@ class Results(NamedTuple):
     second: Tensor | None
 
 
-#: From tuples in the order of ``Operands`` and ``Results``, plain ones: making a NamedTuple costs a third of a launch.
-Steps = Callable[[tuple, tuple], None]
+#: From a tuple in the order of ``Operands`` to one in that of ``Results``, plain ones: a NamedTuple takes a third of a
+#: launch to make.
+Pass = Callable[[tuple], tuple]
 Statistics = Callable[[tuple, tuple], Tensor | None]
 #: In place of running mean, running variance and count.
 _NONE = (None, None, None)
 
 
-class Forward:
-    """A forward pass of operands that lie like those that it was made from.
+def bind(spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> Pass:
+    """A forward pass of operands that lie like these, and alike lie towards 16 bytes."""
+    first, plain = allocate(spec, o, keep_bits)
+    makers = [None if t is None else like(t) for t in first]
+    plain = operands.template(plain)
+    tidy = operands.tidied(spec, o, plain)
+    # Instances share their channel's running statistics, so those are averaged from the rows' afterwards.
+    averages = spec.kind == "instance" and spec.use_stats and o.running_mean is not None
+    # A cumulative average reads how many batches there are, this one among them; and nothing that lies elsewhere, or
+    # that goes without running statistics, is counted by the kernel that updates these.
+    cumulative, at = spec.momentum is None, o.count
+    counts = spec.use_stats and at is not None and (
+        cumulative or o.running_mean is None or at.dtype != torch.int64 or at.device != o.x.device
+    )  # fmt: skip
+    tidies = any(a is not b for a, b in zip(tidy, o, strict=True))
+    if counts and not cumulative:
+        tidy = tidy._replace(count=None)
+    launches = _launches(spec, tidy, first.y, plain, makers, keep_bits, plans)
+    run = launches
+    if tidies or counts or averages:
 
-    ``run`` takes a tuple of such operands, in the order of ``Operands``, and gives one in the order of ``Results``.
-    """
+        def run(of: tuple) -> tuple:
+            o = Operands(*of)
+            if tidies:
+                o = operands.tidied(spec, o, plain)
+            if counts:
+                o.count.add_(1)
+                if not cumulative:
+                    o = o._replace(count=None)
+            r = launches(o)
+            if averages:
+                means = r[1].view(3, o.x.shape[0], o.x.shape[1]).mean(1)
+                for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
+                    # Not lerp_, by which inf would become NaN.
+                    running.mul_(1 - spec.momentum).add_(mean.to(running.dtype), alpha=spec.momentum)
+            return r
 
-    def __init__(self, spec: Spec, o: Operands, keep_bits: bool, plans: Planner) -> None:
-        self.spec, self._device = spec, devices.index_of(o.x)
-        first, plain = allocate(spec, o, keep_bits)
-        self._results = [None if t is None else memory.like(t) for t in first]
-        self._plain = operands.template(plain)
-        tidy = operands.tidied(spec, o, plain)
-        self._tidy = any(a is not b for a, b in zip(tidy, o, strict=True))
-        # Instances share their channel's running statistics, so those are averaged from the rows' afterwards.
-        self._averages = spec.kind == "instance" and spec.use_stats and o.running_mean is not None
-        # A cumulative average reads how many batches there are, this one among them; and nothing that lies elsewhere,
-        # or that goes without running statistics, is counted by the kernel that updates these.
-        cumulative, at = spec.momentum is None, o.count
-        self._counts = spec.use_stats and at is not None and (
-            cumulative or o.running_mean is None or at.dtype != torch.int64 or at.device != o.x.device
-        )  # fmt: skip
-        if self._counts and not cumulative:
-            tidy = tidy._replace(count=None)
-        self._only_launches = not (self._tidy or self._counts or self._averages)
-        self._steps = _bind(spec, tidy, first.y, plain, keep_bits, plans)
-
-    def run(self, o: tuple) -> tuple:
-        if self._device is not None and self._device != current_device():
-            with torch.cuda.device(self._device):
-                return self.run(o)
-        y, statistics, bits, second = self._results
-        r = (
-            y(),
-            None if statistics is None else statistics(),
-            None if bits is None else bits(),
-            None if second is None else second(),
-        )
-        if self._only_launches:
-            self._steps(o, r)
-        else:
-            self._with_all_else(Operands(*o), r)
-        return r
-
-    def _with_all_else(self, o: Operands, r: tuple) -> None:
-        if self._tidy:
-            o = operands.tidied(self.spec, o, self._plain)
-        if self._counts:
-            o.count.add_(1)
-            if self.spec.momentum is not None:
-                o = o._replace(count=None)
-        self._steps(o, r)
-        if self._averages:
-            means = r[1].view(3, o.x.shape[0], o.x.shape[1]).mean(1)
-            for running, mean in ((o.running_mean, means[1]), (o.running_var, means[2])):
-                # Not lerp_, by which inf would become NaN.
-                running.mul_(1 - self.spec.momentum).add_(mean.to(running.dtype), alpha=self.spec.momentum)
+    return devices.on(o.x, run)
 
 
 _BATCH = Spec("batch", None, True, 0.0, 1e-5)
 
 
-class Moments:
-    """Mean and M2 = Σ(x - mean)² of each channel, (2, C), of a rank's part of a batch like the x that it was made from.
+def bind_moments(x: Tensor, plans: Planner) -> Callable[[Tensor], Tensor]:
+    """Mean and M2 = Σ(x - mean)² of each channel, (2, C), of a rank's part of a batch like x.
 
     What ranks combine before any of them normalizes.
     """
+    plain = operands.empty_like(_BATCH, x)
+    tidy = operands.tidied(_BATCH, Operands(x), plain).x
+    copies, layout = tidy is not x, Layout.of(x)
 
-    def __init__(self, x: Tensor, plans: Planner) -> None:
-        self._device = devices.index_of(x)
-        plain = operands.empty_like(_BATCH, x)
-        tidy = operands.tidied(_BATCH, Operands(x), plain).x
-        self._copies = tidy is not x
-        layout = Layout.of(x)
+    def trial(problem: Problem) -> Callable[[Plan], Callable[[], object]]:
+        (like_x,) = scratch([layout], problem.device)
+        return lambda plan: partial(bind_moments(like_x, tiling.on_trial(problem, plan)), like_x)
 
-        def trial(problem: Problem) -> Callable[[Plan], Callable[[], object]]:
-            (like_x,) = scratch([layout], problem.device)
-            return lambda plan: partial(Moments(like_x, tiling.on_trial(problem, plan)).run, like_x)
+    t = tiling.cut(
+        _BATCH, "batch", tidy, plain, affine=Affine("row"), per_channel=False, reduce=False, plans=plans,
+        scratch=trial,
+    )  # fmt: skip
+    statistics, others = t.scratch(3 * x.shape[1]), x.numel() // x.shape[1] - 1
+    take = _statistics(t, True, False, True)
 
-        t = tiling.cut(
-            _BATCH,
-            "batch",
-            tidy,
-            plain,
-            affine=Affine("row"),
-            per_channel=False,
-            reduce=False,
-            plans=plans,
-            scratch=trial,
-        )
-        self._statistics, self._others = t.scratch(3 * x.shape[1]), x.numel() // x.shape[1] - 1
-        self._take = _statistics(t, True, False, True)
-
-    def run(self, x: Tensor) -> Tensor:
-        if self._device is not None and self._device != current_device():
-            with torch.cuda.device(self._device):
-                return self.run(x)
-        if self._copies:
+    def run(x: Tensor) -> Tensor:
+        if copies:
             x = operands.empty_like(_BATCH, x).copy_(x)
-        statistics = self._statistics().view(3, -1)
-        self._take(Operands(x), (None, statistics))
-        _, mean, unbiased = statistics
-        return torch.stack([mean, unbiased * self._others if self._others else torch.zeros_like(mean)])
+        every = statistics().view(3, -1)
+        take(Operands(x), (None, every))
+        _, mean, unbiased = every
+        return torch.stack([mean, unbiased * others if others else torch.zeros_like(mean)])
+
+    return devices.on(x, run)
 
 
 def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]:
@@ -165,8 +136,10 @@ def allocate(spec: Spec, o: Operands, keep_bits: bool) -> tuple[Results, Tensor]
     return Results(y, statistics, bits, second), plain
 
 
-def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, plans: Planner) -> Steps:
-    """The launches of a call with these tidy operands, and results like these."""
+def _launches(
+    spec: Spec, o: Operands, y: Tensor, plain: Tensor, makers: Makers, keep_bits: bool, plans: Planner
+) -> Pass:  # fmt: skip
+    """A pass of these tidy operands, with results like these."""
     affine = Affine.of(spec, o)
     walked, per_channel = operands.walk(spec, affine)
     trial = partial(_on_scratch, spec, [Layout.of(t) for t in o], keep_bits)
@@ -181,15 +154,15 @@ def _bind(spec: Spec, o: Operands, y: Tensor, plain: Tensor, keep_bits: bool, pl
     beside = 0 if o.pre_residual is None else 1 + spec.return_sum
     t = cut(walked, o.x, y, reduce=own, extra="none" if o.residual is None else "residual", beside=beside)
     if t.plan.regime == "persistent":
-        return _persistent(t, affine, averages, updates)
+        return _persistent(t, affine, makers, averages, updates)
     if own:
         finalize = t.geometry.group > 1 or not t.plan.inline
         statistics = _statistics(t, averages, updates, finalize)
         updates = updates and not finalize
-    return _split(t, affine, statistics, averages, updates)
+    return _split(t, affine, makers, statistics, averages, updates)
 
 
-def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool) -> Steps:
+def _persistent(t: Tiling, affine: Affine, makers: Makers, stores_variance: bool, updates: bool) -> Pass:
     """Whole rows in one program: one launch."""
     launch = t.launch(
         kernels.persistent_forward, (t.programs,),
@@ -197,20 +170,28 @@ def _persistent(t: Tiling, affine: Affine, stores_variance: bool, updates: bool)
         t.spec.eps, stores_variance, *_activation(t.spec), t.block, t.norm, t.pad, t.acc, t.layout,
     )  # fmt: skip
 
-    def steps(o: tuple, r: tuple) -> None:
+    make_y, make_statistics, make_bits, make_second = makers
+
+    def run(o: tuple) -> tuple:
         x, weight, bias, residual, slope, mean, var, count, addend = o
-        y, statistics, bits, second = r
+        # Written out, here and in the backward direction: each function that Python enters on the way costs as much as
+        # what is done here.
+        y = make_y()
+        statistics = None if make_statistics is None else make_statistics()
+        bits = None if make_bits is None else make_bits()
+        second = None if make_second is None else make_second()
         launch.run(
             (x, addend, y, residual, bits, second, statistics, weight, bias, slope)
             + ((mean, var, count) if updates else _NONE)
         )  # fmt: skip
+        return y, statistics, bits, second
 
-    return steps
+    return run
 
 
 def _split(
-    t: Tiling, affine: Affine, take: Statistics | None, stores_variance: bool, updates: bool
-) -> Steps:  # fmt: skip
+    t: Tiling, affine: Affine, makers: Makers, take: Statistics | None, stores_variance: bool, updates: bool
+) -> Pass:  # fmt: skip
     """Programs that share a row, behind the pass that takes its statistics, if it has its own.
 
     Where something is added to x, that pass also writes the sum, and this one reads it.
@@ -225,9 +206,9 @@ def _split(
     )  # fmt: skip
     given = not t.spec.use_stats
 
-    def steps(o: tuple, r: tuple) -> None:
+    def run(o: tuple) -> tuple:
         x, weight, bias, residual, slope, *running, addend = o
-        y, statistics, bits, second = r
+        y, statistics, bits, second = results = r = made(makers)
         if addend is not None and second is None:
             r = (y, statistics, bits, empty_like(addend, dtype=x.dtype))
         partials = None if take is None else take(o, r)
@@ -238,8 +219,9 @@ def _split(
             x, y, residual, bits, second, partials, statistics, mean, variance, weight, bias, slope,
             *(running if updates else _NONE),
         ))  # fmt: skip
+        return results
 
-    return steps
+    return run
 
 
 def _statistics(t: Tiling, stores_variance: bool, updates: bool, finalize: bool) -> Statistics:
@@ -282,8 +264,8 @@ def _on_scratch(spec: Spec, layouts: list, keep_bits: bool, problem) -> Callable
     o = Operands(*scratch(layouts, problem.device))
 
     def with_plan(plan: Plan) -> Callable[[], object]:
-        call = Forward(spec, o, keep_bits, tiling.on_trial(problem, plan))
+        run = bind(spec, o, keep_bits, tiling.on_trial(problem, plan))
         # Running statistics and count are results too.
-        return lambda: (*call.run(o), *o[5:8])
+        return lambda: (*run(o), *o[5:8])
 
     return with_plan

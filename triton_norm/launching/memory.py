@@ -1,6 +1,6 @@
 """Memory for what a call writes, of which everything but where it lies was settled when the call was bound."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,11 +12,17 @@ from .keys import dispatch_modes
 
 #: Makes an empty tensor.
 Maker = Callable[[], Tensor]
+#: Of each result of a pass, None of those that it does not have.
+Makers = Sequence[Maker | None]
 
 
 def like(tensor: Tensor) -> Maker:
     """Makes tensors of this one's shape, strides and dtype on its device, which must be the current one of its type."""
     return empty(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device)
+
+
+def made(makers: Makers) -> tuple[Tensor | None, ...]:
+    return tuple([None if make is None else make() for make in makers])
 
 
 def part(numbers: int, start: int) -> Callable[[Tensor], Tensor]:

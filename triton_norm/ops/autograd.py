@@ -11,15 +11,18 @@ import torch
 from torch import Tensor, is_grad_enabled
 from torch.autograd import forward_ad
 
+from ..launching import backward as backwards
 from ..launching import bound
-from ..launching.backward import Backward, Saved
-from ..launching.forward import Forward
+from ..launching import forward as forwards
+from ..launching.backward import Saved
 from ..launching.keys import HIP, MOST_ALIKE, alike, dispatch_modes, functorch_is_active, in_forward_mode
 from ..spec import Operands, Spec
 from . import traced
 from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
 
 Tensors = tuple[Tensor | None, ...]
+#: From the gradient of the result and those of a pass.
+Finish = Callable[[Tensor | None, Sequence[Tensor | None]], Tensors]
 
 #: By how many operands are saved, what makes all of them that the backward pass may read.
 _NOT_SAVED = tuple((None,) * (7 - n) for n in range(8))
@@ -30,7 +33,7 @@ _NO_GRADIENT = (None,)
 class Kernels:
     """A call, by the kernels, of operands that lie like those that it was made for."""
 
-    __slots__ = ("_asked", "_differentiable", "_given", "_inference", "_passes_on", "_training", "addend", "backwards",
+    __slots__ = ("_asked", "_differentiable", "_inference", "_passes_on", "_training", "addend", "backwards", "given",
                  "reads_residual", "saved", "saves_first", "spec")  # fmt: skip
 
     def __init__(self, spec: Spec, o: Operands) -> None:
@@ -50,27 +53,27 @@ class Kernels:
         # Which operands require gradients is among what calls like this one have in common; the grad mode is not.
         self._differentiable = any(t is not None and t.requires_grad for t in differentiable)
         # autograd takes its time with every argument, so it is not given those that end in nothing.
-        self._given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
-        self._training: Forward | None = None
-        self._inference: Forward | None = None
-        #: Backward passes: whether only the first result has a gradient, a test of the tensors, and what is run with
-        #: the saved operands and what ``Saved`` says. Which gradients are wanted is the same of all.
-        self.backwards: tuple[tuple[bool, Callable[..., bool], Callable[[Tensors, Tensors], Tensors]], ...] = ()
+        self.given = max(i + 1 for i, t in enumerate(o[:INPUTS]) if t is not None)
+        self._training: forwards.Pass | None = None
+        self._inference: forwards.Pass | None = None
+        #: Backward passes: whether only the first result has a gradient, a test of the tensors, the pass, and what
+        #: makes gradients of what it gives, if that is not these. Which are wanted is the same of all.
+        self.backwards: tuple[tuple[bool, Callable[..., bool], backwards.Pass, Finish | None], ...] = ()
 
     def run(self, operands: tuple) -> Tensor | tuple[Tensor, Tensor]:
         if not (self._differentiable and is_grad_enabled()):
-            y, _, _, second = (self._inference or self._bind_forward(operands, False)).run(operands)
+            y, _, _, second = (self._inference or self._bind_forward(operands, False))(operands)
             return y if second is None else (y, second)
         if self.addend is None:
-            return _apply((self, operands), *operands[: self._given])
+            return _apply((self, operands), *operands[: self.given])
         both = _apply((self, operands), *operands[:INPUTS], operands[-1])
         return both if self._asked.return_sum else both[0]
 
-    def _bind_forward(self, operands: tuple[Tensor | None, ...], differentiable: bool) -> Forward:
+    def _bind_forward(self, operands: Tensors, differentiable: bool) -> forwards.Pass:
         o, name = Operands(*operands), "_training" if differentiable else "_inference"
         spec = self.spec if differentiable else self._asked
         return bound.bound(
-            lambda plans: Forward(spec, o, differentiable and keeps_bits(spec, o), plans),
+            lambda plans: forwards.bind(spec, o, differentiable and keeps_bits(spec, o), plans),
             lambda call: setattr(self, name, call),
         )
 
@@ -95,15 +98,10 @@ class Kernels:
                 g = of_addends(g, addends, addend)
             return (None, *g)[: len(wanted)]
 
-        def keep(call: Backward) -> None:
-            def plain(o: Tensors, saved: Tensors) -> Tensors:
-                return _NO_GRADIENT + call.run(o + missing, saved)[: len(wanted) - 1]
-
-            def other(o: Tensors, saved: Tensors) -> Tensors:
-                return finished(saved[0], call.run(o + missing, saved))
-
-            run = plain if addends is None and not passes else other
-            self.backwards = ((dsecond is None, *alike(tensors, run)), *self.backwards[: MOST_ALIKE - 1])
+        def keep(run: backwards.Pass) -> None:
+            finish = None if addends is None and not passes else finished
+            this = (dsecond is None, *alike(tensors, run), finish)
+            self.backwards = (this, *self.backwards[: MOST_ALIKE - 1])
 
         # Whoever traces this has a dy of another type, or looks at operators; and a batch of gradients has no memory.
         places = None
@@ -120,8 +118,8 @@ class Kernels:
             return finished(dy, None)
         if places % 16 or HIP:
             return finished(dy, bound.backward(spec, every, kept, asked))
-        call = bound.bound(lambda plans: Backward(spec, every, kept, asked, plans), keep)
-        return finished(dy, call.run(every, saved))
+        run = bound.bound(lambda plans: backwards.bind(spec, every, kept, asked, plans), keep)
+        return finished(dy, run(every, saved))
 
 
 def _places(tensors: Tensors) -> int:
@@ -139,7 +137,7 @@ class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, settled: tuple, *given: Tensor | None):
         call, o = settled
-        y, statistics, bits, second = (call._training or call._bind_forward(o, True)).run(o)
+        y, statistics, bits, second = (call._training or call._bind_forward(o, True))(o)
         ctx.kept = call, statistics, bits
         if call.saves_first:
             # Bits tell what the residual is read for.
@@ -164,9 +162,16 @@ class _Normalize(torch.autograd.Function):
         if dy is not None and not is_grad_enabled() and forward_ad._current_level < 0:
             alone = dsecond is None
             tensors = (dy, *o) if alone else (dy, dsecond, *o)
-            for other, are_alike, run in call.backwards:
-                if other is alone and are_alike(*tensors) and not _places(tensors) % 16:
-                    return run(o, saved)
+            for other, are_alike, run, finish in call.backwards:
+                if other is alone and are_alike(*tensors):
+                    places = 0
+                    for t in tensors:
+                        if t is not None:
+                            places |= t.data_ptr()
+                    if places % 16:
+                        break
+                    g = run(o + _NOT_SAVED[len(o)], saved)
+                    return _NO_GRADIENT + g[: call.given] if finish is None else finish(dy, g)
         return call.backward(o, saved, wanted)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..launching import bound
-from ..launching.backward import Saved, Sums, allocate_sums
+from ..launching.backward import Saved, allocate_sums
 from ..launching.backward import allocate as allocate_gradients
 from ..launching.forward import Results, allocate
 from ..spec import Operands, Spec
@@ -80,7 +80,7 @@ def _sums(
     dy, dsecond, x, weight, bias, residual, slope, statistics, bits, spec: str, wanted: Sequence[bool]
 ) -> list[Tensor]:  # fmt: skip
     o = Operands(x, weight, bias, residual, slope)
-    found = bound.backward(Spec.read(spec), o, Saved(dy, dsecond, statistics, bits), tuple(wanted), Sums)
+    found = bound.backward(Spec.read(spec), o, Saved(dy, dsecond, statistics, bits), tuple(wanted), sums_only=True)
     return [t for t in found if t is not None]
 
 
