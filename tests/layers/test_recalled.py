@@ -4,6 +4,7 @@ import copy
 import io
 import pickle
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -104,6 +105,28 @@ def test_what_is_said_at_a_call(called, x):
         same(norm(x, weight=norm.weight + 1), F.leaky_relu(2 * F.instance_norm(x), 0.2))
         assert norm(x, dtype=torch.float64).dtype == torch.float64
         same(norm(x), F.leaky_relu(F.instance_norm(x), 0.2))
+
+
+@pytest.mark.parametrize(
+    "padding", [np.ones(4, int), torch.ones(4, dtype=torch.int64), [1] * 4, (1,) * 4, "1"], ids=repr
+)
+def test_what_is_said_is_no_padding(called, x, padding):
+    def outcome(norm):
+        try:
+            return norm(x, padding=padding)
+        except Exception as error:
+            return type(error), str(error)
+
+    norm = called()
+    fresh, got = (
+        outcome(tn.InstanceNorm2d(CHANNELS, affine=True, activation=norm.activation).to(x.device)),
+        outcome(norm),
+    )
+    if isinstance(fresh, torch.Tensor):
+        same(got, fresh)
+    else:
+        assert got == fresh
+    same(norm(x), F.leaky_relu(F.instance_norm(x), 0.2))
 
 
 def test_buffers_that_come_and_go(backend, x):
