@@ -11,7 +11,7 @@ from . import backward as backwards
 from . import forward as forwards
 from .backward import Saved
 from .forward import Results
-from .keys import Table, layouts
+from .keys import HIP, Table, placement
 from .sums import Gradients
 from .tiling import Planner, Tuned
 
@@ -32,34 +32,48 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     too: before a cumulative average is computed, else by the kernel that updates them. Only of those others is there a
     ``pre_residual``.
     """
-    key = (spec, keep_bits, *layouts(o))
-    call = _forwards.get(key)
-    if call is None:
-        call = bound(lambda plans: forwards.bind(spec, o, keep_bits, plans), lambda call: _forwards.keep(key, call))
-    return Results(*call(o))
+    tensors, key = _seen(o, spec, keep_bits)
+    run = _forwards.find(key, tensors)
+    if run is None:
+        run = bound(
+            lambda plans: forwards.bind(spec, o, keep_bits, plans), lambda run: _forwards.keep(key, tensors, run)
+        )
+    return Results(*run(o))
 
 
 def backward(
     spec: Spec, o: Operands, saved: Saved, wanted: Sequence[bool], sums_only: bool = False
 ) -> Gradients:  # fmt: skip
     """The wanted gradients of x, weight, bias, residual and slope. See ``backward.bind``."""
-    key = (spec, wanted, *layouts((*o, *saved)))
-    calls = _sums if sums_only else _backwards
-    call = calls.get(key)
-    if call is None:
-        call = bound(
-            lambda plans: backwards.bind(spec, o, saved, wanted, plans, sums_only), lambda call: calls.keep(key, call)
+    tensors, key = _seen((*o, *saved), spec, wanted)
+    passes = _sums if sums_only else _backwards
+    run = passes.find(key, tensors)
+    if run is None:
+        run = bound(
+            lambda plans: backwards.bind(spec, o, saved, wanted, plans, sums_only),
+            lambda run: passes.keep(key, tensors, run),
         )
-    return Gradients(*call(o, saved))
+    return Gradients(*run(o, saved))
 
 
 def moments(x: Tensor) -> Tensor:
     """See ``forward.bind_moments``."""
-    key = layouts((x,))
-    call = _moments.get(key)
-    if call is None:
-        call = bound(lambda plans: forwards.bind_moments(x, plans), lambda call: _moments.keep(key, call))
-    return call(x)
+    tensors, key = _seen((x,))
+    run = _moments.find(key, tensors)
+    if run is None:
+        run = bound(lambda plans: forwards.bind_moments(x, plans), lambda run: _moments.keep(key, tensors, run))
+    return run(x)
+
+
+def _seen(operands: tuple[Tensor | None, ...], *asked: object) -> tuple[list[Tensor], tuple]:
+    """The tensors among the operands, and by what, beside these, a pass that is asked for is found."""
+    tensors, given, places, bit = [], 0, 0, 1
+    for t in operands:
+        if t is not None:
+            tensors.append(t)
+            given, places = given | bit, places | t.data_ptr()
+        bit += bit
+    return tensors, (*asked, tensors[0].shape, given, (places % 16 or HIP) and placement(operands))
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

@@ -59,25 +59,34 @@ def _is_active(kind: object) -> bool:
     return is_compiling() or any(level.key() == kind for level in _functorch.get_interpreter_stack())
 
 
-class Table(dict):
-    """Calls by key. All are forgotten where plans may have changed, and where ever new shapes only make it grow."""
+#: A test of tensors, and the call for those that pass.
+Pair = tuple[Callable[..., bool], Callable[..., Any]]
+
+
+class Table(dict[tuple, tuple[Pair, ...]]):
+    """Calls by key and by a test of their tensors.
+
+    All are forgotten where plans may have changed, and where ever new shapes only make it grow.
+    """
 
     MOST = 4096
+    #: Under one key, tried one after the other; the oldest of more goes.
+    MOST_ALIKE = 16
 
     def __init__(self) -> None:
         super().__init__()
         autotune.on_change(self.clear)
 
-    def keep(self, key: tuple, call: object) -> None:
+    def find(self, key: tuple, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
+        for are_alike, call in self.get(key, ()):
+            if are_alike(*tensors):
+                return call
+        return None
+
+    def keep(self, key: tuple, tensors: Sequence[Tensor], call: Callable[..., Any]) -> None:
         if len(self) >= self.MOST:
             self.clear()
-        self[key] = call
-
-
-#: Of pairs under one key, which are tried one after the other; the oldest of more goes.
-MOST_ALIKE = 16
-#: A test of tensors, and the call for those that pass.
-Pair = tuple[Callable[..., bool], Callable[..., Any]]
+        self[key] = (alike(tensors, call), *self.get(key, ())[: self.MOST_ALIKE - 1])
 
 
 def alike(tensors: Sequence[Tensor | None], call: Callable[..., Any]) -> Pair:
@@ -108,12 +117,6 @@ def _described(tensors: Sequence[Tensor]) -> tuple:
     batched = any(map(_functorch.is_legacy_batchedtensor, tensors))
     state = *(keys.raw_repr() for keys in dispatched), functorch_is_active(), dispatch_modes(), batched
     return state, *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
-
-
-def layouts(tensors: Iterable[Tensor | None]) -> tuple:
-    """What a bound call depends on of its operands."""
-    tensors = tuple(tensors)
-    return (*(None if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors), placement(tensors))
 
 
 def placement(tensors: Iterable[Tensor | None]) -> tuple:

@@ -15,7 +15,7 @@ from ..launching import backward as backwards
 from ..launching import bound
 from ..launching import forward as forwards
 from ..launching.backward import Saved
-from ..launching.keys import HIP, MOST_ALIKE, alike, dispatch_modes, functorch_is_active, in_forward_mode
+from ..launching.keys import HIP, Table, alike, dispatch_modes, functorch_is_active, in_forward_mode
 from ..spec import Operands, Spec
 from . import traced
 from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
@@ -101,7 +101,7 @@ class Kernels:
         def keep(run: backwards.Pass) -> None:
             finish = None if addends is None and not passes else finished
             this = (dsecond is None, *alike(tensors, run), finish)
-            self.backwards = (this, *self.backwards[: MOST_ALIKE - 1])
+            self.backwards = (this, *self.backwards[: Table.MOST_ALIKE - 1])
 
         # Whoever traces this has a dy of another type, or looks at operators; and a batch of gradients has no memory.
         places = None

@@ -16,9 +16,7 @@ from torch.autograd import forward_ad
 
 from ..launching.keys import (
     HIP,
-    MOST_ALIKE,
     ORDINARY,
-    Pair,
     Table,
     alike,
     in_forward_mode,
@@ -76,9 +74,9 @@ class Site:
                 return call
         return None
 
-    def keep(self, given: int, pair: Pair) -> None:
+    def keep(self, given: int, tensors: list[Tensor], call: Call) -> None:
         when = given, autotune.changes, backend.setting()
-        self._found = ((when, *pair), *self._found[: self.MOST - 1])
+        self._found = ((when, *alike(tensors, call)), *self._found[: self.MOST - 1])
 
 
 def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
@@ -92,19 +90,15 @@ def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
     # Nothing of a subclass is remembered, and a fake tensor warns of whoever asks where it lies.
     if is_compiling() or in_forward_mode() or type(operands[0]) not in ORDINARY:
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(operands)
-    pair = None
+    call = None
     try:
         tensors, given, places = _seen(operands)
         key = spec, backend.setting(), operands[0].shape, given, (places % 16 or HIP) and placement(operands)
-        for pair in _calls.get(key, ()):
-            if pair[0](*tensors):
-                break
-        else:
-            pair = None
+        call = _calls.find(key, tensors)
     except (AttributeError, TypeError, RuntimeError):
         # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
         key = None
-    if pair is None:
+    if call is None:
         o = Operands(*operands)
         is_recorded = torch._C._get_tracing_state() is not None
         is_traced = is_recorded or not all(t is None or is_ordinary(t) for t in o)
@@ -112,11 +106,10 @@ def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
             call = _settle(Spec(*spec), o, is_traced)
         if key is None or is_traced:
             return call(operands)
-        pair = alike(tensors, call)
-        _calls.keep(key, (pair, *_calls.get(key, ())[: MOST_ALIKE - 1]))
+        _calls.keep(key, tensors, call)
     if site is not None and not places % 16:
-        site.keep(given, pair)
-    return pair[1](operands)
+        site.keep(given, tensors, call)
+    return call(operands)
 
 
 def _seen(operands: tuple) -> tuple[list[Tensor], int, int]:
