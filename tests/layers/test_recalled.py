@@ -61,6 +61,46 @@ def test_a_call_is_recalled(called, x, monkeypatch):
     norm(x)
 
 
+MODULES = {
+    "batch": lambda cls: (cls(CHANNELS, activation="relu"), {}),
+    "instance": lambda cls: (cls(CHANNELS, activation="relu"), {}),
+    "group": lambda cls: (cls(2, CHANNELS, activation="relu"), {}),
+    "layer": lambda cls: (cls(8, activation="relu"), {}),
+    "rms": lambda cls: (cls(8, activation="relu"), {}),
+    "channels": lambda cls: (cls(CHANNELS, activation="relu"), {}),
+    "adaptive": lambda cls: (cls(CHANNELS), {"scale": torch.ones(2, CHANNELS), "shift": torch.zeros(2, CHANNELS)}),
+    "conditional": lambda cls: (cls(CHANNELS, 3), {"labels": torch.tensor([0, 2])}),
+}
+CLASSES = {
+    "batch": tn.BatchNorm2d, "instance": tn.InstanceNorm2d, "group": tn.GroupNorm, "layer": tn.LayerNorm,
+    "rms": tn.RMSNorm, "channels": tn.LayerNorm2d, "adaptive": tn.AdaIN2d, "conditional": tn.ConditionalBatchNorm2d,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", MODULES)
+def test_what_a_call_reads_is_compared(name, training, x):
+    """Attributes that only a call reads that is not recalled are among the settings by which others are."""
+    read = set()
+
+    class Seen(CLASSES[name]):
+        def __getattribute__(self, attribute):
+            read.add(attribute)
+            return super().__getattribute__(attribute)
+
+    norm, operands = MODULES[name](Seen)
+    norm.train(training)
+    read.clear()
+    norm(x.cpu(), **operands)
+    first = set(read)
+    read.clear()
+    norm(x.cpu(), **operands)
+    assert "_anew" in first and "_anew" not in read
+    own = {attribute for attribute in vars(norm) if not attribute.startswith("_")}
+    assert "eps" in (first - read) & own
+    assert (first - read) & own <= set(Seen._settings)
+
+
 def test_settings_that_nobody_set_by_name(called, x):
     norm = called()
     for eps, slope in ((1.0, 0.2), (1e-5, 0.7)):
