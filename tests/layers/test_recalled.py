@@ -203,7 +203,7 @@ def test_shapes_in_turn(called, settled, backend):
     assert len(settled) <= len(sizes)
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save", "replica"])
+@pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save", "replica", "attributes"])
 def test_copies(called, x, how):
     norm = called(tn.BatchNorm2d)
 
@@ -213,9 +213,14 @@ def test_copies(called, x, how):
         file.seek(0)
         return torch.load(file, weights_only=False)
 
+    def attributes(module):
+        made = type(module).__new__(type(module))
+        made.__dict__.update(copy.deepcopy(module.__dict__))
+        return made
+
     made = {
         "deepcopy": copy.deepcopy, "copy": copy.copy, "pickle": lambda m: pickle.loads(pickle.dumps(m)),
-        "save": saved, "replica": lambda m: m._replicate_for_data_parallel(),
+        "save": saved, "replica": lambda m: m._replicate_for_data_parallel(), "attributes": attributes,
     }[how](norm)  # fmt: skip
     if how == "replica":
         # As torch's replicas have their tensors.

@@ -54,6 +54,10 @@ class Site:
     def __init__(self) -> None:
         self._found: tuple[tuple, ...] = ()
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """A copy has nothing to recall."""
+        return Site, ()
+
     @property
     def recalls(self) -> bool:
         return bool(self._found)
