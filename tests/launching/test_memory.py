@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+import twins
 
 import triton_norm as tn
 from triton_norm.launching import memory
@@ -16,16 +16,6 @@ LIKE = {
     "one number": lambda: torch.randn(()),
     "meta": lambda: torch.randn(2, 3, device="meta"),
 }
-
-
-class Looking(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.operators: list[str] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operators.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=[True, False], ids=["as compiled graphs do", "by the operator"])
@@ -54,11 +44,11 @@ def test_in_inference_mode(maker):
 
 
 def test_who_looks_at_operators_sees_them():
-    with Looking() as looking:
+    with twins.Operators() as operators:
         make = memory.like(torch.randn(3))
-        looking.operators.clear()
+        operators.names.clear()
         make()
-    assert looking.operators == ["aten::empty_strided"]
+    assert operators.names == ["aten::empty_strided"]
 
 
 def test_memory_is_filled_where_torch_fills_it(poison):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from oracle import assert_close
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize, prune
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
 from triton_norm.layers import base
@@ -250,21 +250,11 @@ def test_parameters_that_are_elsewhere(called, x):
     same(got, F.leaky_relu(3 * F.instance_norm(x), 0.2))
 
 
-class Seeing(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operators.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 def test_who_looks_on(called, x, backend):
     norm, want = called(), F.leaky_relu(F.instance_norm(x), 0.2)
-    with Seeing() as seeing:
+    with twins.Operators() as operators:
         same(norm(x), want)
-    assert seeing.operators
+    assert operators.names
     same(torch.vmap(norm)(torch.stack([x, x]))[1], want)
     with forward_ad.dual_level():
         y, tangent = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, torch.ones_like(x))))

@@ -5,9 +5,9 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+import twins
 from oracle import assert_close
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import triton_norm as tn
 
@@ -140,23 +140,13 @@ def test_fake_tensors_after_what_was_called_before(backend, module, x):
     assert (y.shape, y.stride(), dx.shape) == (x.shape, x.stride(), x.shape)
 
 
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.operators = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.operators.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("repeated", [False, True], ids=["", "one tensor twice"])
 def test_a_mode_sees_what_was_called_before(backend, x, repeated):
     residual = x if repeated else x.clone()
     tn.functional.instance_norm(x, residual=residual)
-    with Seen() as seen:
+    with twins.Operators() as seen:
         tn.functional.instance_norm(x, residual=residual)
-    assert any("norm" in name for name in seen.operators), seen.operators
+    assert any("norm" in name for name in seen.names), seen.names
 
 
 @pytest.mark.parametrize("repeated", [False, True], ids=["", "one tensor twice"])

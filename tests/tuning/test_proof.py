@@ -298,13 +298,19 @@ def test_what_no_kernel_writes_is_not_a_number():
     assert bits.unique().tolist() == [85]
 
 
-@pytest.mark.parametrize("backward", [False, True])
-def test_what_a_plan_does_not_write_is_not_a_number(backward, stopwatch, monkeypatch):
+def problem_of(backward: bool):
+    """One of a batch norm, in that direction."""
     x = torch.randn(2, 3, 8, 8, requires_grad=True)
     layer = tn.BatchNorm2d(3, activation="relu")
     with autotune.mode("0"), autotune.recording() as met:
         layer(x).sum().backward()
     (p,) = (p for p in met.values() if p.work.backward == backward)
+    return p
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_a_plan_does_not_write_is_not_a_number(backward, stopwatch, monkeypatch):
+    p = problem_of(backward)
     found, results = [], measure.results
     monkeypatch.setattr(measure, "results", lambda call: found.append(results(call)) or found[-1])
     monkeypatch.setattr(launch.Launch, "run", lambda *_: None)
@@ -315,11 +321,7 @@ def test_what_a_plan_does_not_write_is_not_a_number(backward, stopwatch, monkeyp
 @pytest.mark.parametrize("backward", [False, True])
 def test_a_plan_with_wrong_results_is_dropped(backward, stopwatch, monkeypatch):
     """Its last program does nothing: what it would have written is NaN, not what another plan left there."""
-    x = torch.randn(2, 3, 8, 8, requires_grad=True)
-    layer = tn.BatchNorm2d(3, activation="relu")
-    with autotune.mode("0"), autotune.recording() as met:
-        layer(x).sum().backward()
-    (p,) = (p for p in met.values() if p.work.backward == backward)
+    p = problem_of(backward)
     heuristic, bad, *_ = candidates.candidates(p.work, 4)
     bound = launch.Launch.__init__
 

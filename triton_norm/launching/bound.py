@@ -11,7 +11,7 @@ from . import backward as backwards
 from . import forward as forwards
 from .backward import Saved
 from .forward import Results
-from .keys import HIP, Table, placement
+from .keys import HIP, Table, addresses, placement
 from .sums import Gradients
 from .tiling import Planner, Tuned
 
@@ -67,13 +67,9 @@ def moments(x: Tensor) -> Tensor:
 
 def _seen(operands: tuple[Tensor | None, ...], *asked: object) -> tuple[list[Tensor], tuple]:
     """The tensors among the operands, and by what, beside these, a pass that is asked for is found."""
-    tensors, given, places, bit = [], 0, 0, 1
-    for t in operands:
-        if t is not None:
-            tensors.append(t)
-            given, places = given | bit, places | t.data_ptr()
-        bit += bit
-    return tensors, (*asked, tensors[0].shape, given, (places % 16 or HIP) and placement(operands))
+    tensors = [t for t in operands if t is not None]
+    given = tuple([t is not None for t in operands])
+    return tensors, (*asked, tensors[0].shape, given, (addresses(tensors) % 16 or HIP) and placement(operands))
 
 
 def bound(make: Callable[[Planner], T], keep: Callable[[T], object]) -> T:

@@ -119,6 +119,15 @@ def _described(tensors: Sequence[Tensor]) -> tuple:
     return state, *((type(t), t.shape, t.stride(), t.dtype, t.device, t.requires_grad) for t in tensors)
 
 
+def addresses(tensors: Iterable[Tensor | None]) -> int:
+    """All bits of where the tensors lie: 16 divides this where it divides each."""
+    bits = 0
+    for t in tensors:
+        if t is not None:
+            bits |= t.data_ptr()
+    return bits
+
+
 def placement(tensors: Iterable[Tensor | None]) -> tuple:
     """What Triton compiles for beside layouts: pointers that 16 divides and, for AMD GPUs, storages within 32 bits."""
     return tuple(

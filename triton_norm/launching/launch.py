@@ -101,8 +101,8 @@ class Launch:
     """``kernel`` over ``grid`` with ``constants``, its arguments behind the pointers; run with the pointers.
 
     Pointers are tensors, or None where the kernel is to be without; which are None must not change between calls, nor
-    which ones 16 divides, nor their dtypes. They are on the current device, which is that of this number. Errors are
-    Triton's.
+    which ones 16 divides, nor their dtypes. ``device`` is the number of their GPU, which must be the current one.
+    Errors are Triton's.
     """
 
     __slots__ = ("_before", "_behind", "_compiled", "_constants", "_device", "_entry", "_grid", "_head", "_kernel",

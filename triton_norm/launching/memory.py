@@ -22,6 +22,7 @@ def like(tensor: Tensor) -> Maker:
 
 
 def made(makers: Makers) -> tuple[Tensor | None, ...]:
+    """One of each."""
     return tuple([None if make is None else make() for make in makers])
 
 

@@ -19,6 +19,8 @@ from ..ops.checks import check_padding_mode, named
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result
 from .texts import composed
 
+#: Kind, argument, use_stats and momentum of a spec, and how many of ``running_of`` go with them.
+Asked = tuple[tuple[str, Any, bool, float | None], int]
 #: In place of running mean, running variance and number of batches.
 _NONE = (None, None, None)
 
@@ -40,6 +42,10 @@ class Activated(nn.Module):
         eps: Any
         padding: Padding
         padding_mode: PaddingMode
+
+        def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
+            """Of each norm. Raises what the module does of such operands; those that are recalled have passed."""
+
     #: Whether the backward pass starts from the result, in place of the input. May be changed at any time.
     memory_efficient = False
     padding = 0
@@ -56,8 +62,8 @@ class Activated(nn.Module):
         super().__init_subclass__(**options)
         if "{" in (doc := cls.__dict__.get("__doc__") or ""):
             cls.__doc__ = composed(doc)
-        # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
         cls._read = operator.itemgetter(*cls._settings)
+        # What is inherited under the class's own name, which is what Python's errors for wrong arguments say.
         for name in ("__init__", "forward"):
             inherited = getattr(cls, name)
             is_own = name in cls.__dict__ or inherited is getattr(nn.Module, name)
@@ -101,6 +107,7 @@ class Activated(nn.Module):
                     said == said_then and settings == kind._read(own) and kind is type(self)
                     and (reads is None or reads() == read)
                 ):  # fmt: skip
+                    # As ``parameters_of`` and ``running_of`` do it, but without a call.
                     site, parameters, mean, var, count = its_site, own["_parameters"], None, None, None
                     if weight is ...:
                         weight = parameters["weight"]
@@ -133,6 +140,11 @@ class Activated(nn.Module):
         asked, used = self._asked(input, weight, bias)
         mean, var, count = (*running_of(self)[:used], *_NONE[used:]) if used else _NONE
         activation = self.activation if activation is ... else activation
+        kind, settings = type(self), None
+        if site is None and self._remembers and not is_dynamo_compiling():
+            reads = reading(activation)
+            with suppress(KeyError):
+                settings = kind._read(self.__dict__), said, reads, reads and reads(), used
         name, numbers, slope = resolve(activation)
         # In the order of a ``Spec``, which is only made where the call is not found.
         spec = asked + (
@@ -142,25 +154,13 @@ class Activated(nn.Module):
             self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
         operands = (input, weight, bias, residual, slope, mean, var, count, pre_residual)
-        if site is not None or is_dynamo_compiling() or slope is not None or not self._remembers:
+        if settings is None or slope is not None:
             return normalize(spec, operands, site)
         site = Site()
         result = normalize(spec, operands, site)
         if site.recalls:
-            kind, reads = type(self), reading(activation)
-            with suppress(KeyError):
-                settings = kind._read(self.__dict__)
-                self.__dict__["_last_call"] = kind, settings, said, reads, reads and reads(), used, site
+            self.__dict__["_last_call"] = kind, *settings, site
         return result
-
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
-        """Kind, argument, use_stats and momentum of the spec, and how many of ``running_of`` go with them.
-
-        Raises what the module does of such operands; those that are recalled have passed.
-        """
-        raise NotImplementedError
 
     def _group(self) -> str | None:
         """The name of the process group whose ranks take their statistics together, if there are more than one."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels
-from .base import Fused
+from .base import Asked, Fused
 from .checks import check_4d, check_shapes
 from .norms import BatchNorm, BatchNorm2d, InstanceNorm2d
 from .sync import SyncBatchNorm
@@ -93,9 +93,7 @@ class AdaIN2d(Fused):
         )  # fmt: skip
         return self._call(said, input, scale, shift, residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         check_4d(input, self.num_features)
         check_shapes(input.shape[:2], scale=weight, shift=bias)
         return ("instance", None, True, 0.0), 0

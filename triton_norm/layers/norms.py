@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels
-from .base import Affine, running_of
+from .base import Affine, Asked, running_of
 from .rows import LayerNorm, LayerNorm2d, RMSNorm
 
 if TYPE_CHECKING:
@@ -89,9 +89,7 @@ class BatchNorm(Affine, _BatchNorm):
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         self._check_input_dim(input)
         mean, var, count = running_of(self)
         used = 2 if not self.training else 3 if self.track_running_stats else 0
@@ -175,9 +173,7 @@ class InstanceNorm(Affine, _InstanceNorm):
             return y
         return (y[0].squeeze(0), y[1].squeeze(0)) if isinstance(y, tuple) else y.squeeze(0)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         momentum = 0.0 if self.momentum is None else self.momentum
         return ("instance", None, self.training or not self.track_running_stats, momentum), 2
 
@@ -357,9 +353,7 @@ class GroupNorm(Affine, nn.GroupNorm):
         said = (activation, padding, padding_mode, return_unpadded, unit_offset, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         return ("group", self.num_groups, True, 0.0), 0
 
     if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..types import ActivationLike, Own, Padding, PaddingMode, Result, SaidOfChannels, SaidOfRows
-from .base import Activated, Fused
+from .base import Activated, Asked, Fused
 from .checks import check_4d
 
 if TYPE_CHECKING:
@@ -88,9 +88,7 @@ class LayerNorm(Activated, nn.LayerNorm):
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(said, input, weight, bias, residual, pre_residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         return ("layer", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
@@ -164,9 +162,7 @@ class RMSNorm(Activated, nn.RMSNorm):
         said = (activation, ..., ..., False, unit_offset, 0, dtype, return_sum, memory_efficient)
         return self._call(said, input, weight, None, residual, pre_residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         return ("rms", self.normalized_shape, True, 0.0), 0
 
     if TYPE_CHECKING:
@@ -246,9 +242,7 @@ class LayerNorm2d(Fused, nn.LayerNorm):
         said = (activation, padding, padding_mode, return_unpadded, False, 0, dtype, False, memory_efficient)
         return self._call(said, input, weight, bias, residual)
 
-    def _asked(
-        self, input: Tensor, weight: Tensor | None, bias: Tensor | None
-    ) -> tuple[tuple[str, Any, bool, float | None], int]:
+    def _asked(self, input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Asked:
         check_4d(input)
         return ("channels", self.normalized_shape, True, 0.0), 0
 

@@ -15,7 +15,7 @@ from ..launching import backward as backwards
 from ..launching import bound
 from ..launching import forward as forwards
 from ..launching.backward import Saved
-from ..launching.keys import HIP, Table, alike, dispatch_modes, functorch_is_active, in_forward_mode
+from ..launching.keys import HIP, Table, addresses, alike, dispatch_modes, functorch_is_active, in_forward_mode
 from ..spec import Operands, Spec
 from . import traced
 from .traced import INPUTS, keeps_bits, keeps_sum, of_addends, pass_on, passes_on, saved_of
@@ -110,7 +110,7 @@ class Kernels:
             or in_forward_mode()
         ):  # fmt: skip
             with suppress(RuntimeError):
-                places = _places(tensors)
+                places = addresses(tensors)
         every, kept = Operands(*o, *missing), Saved(*saved)
         if places is None:
             return finished(dy, traced.backward(spec, every, kept, flags))
@@ -120,15 +120,6 @@ class Kernels:
             return finished(dy, bound.backward(spec, every, kept, asked))
         run = bound.bound(lambda plans: backwards.bind(spec, every, kept, asked, plans), keep)
         return finished(dy, run(every, saved))
-
-
-def _places(tensors: Tensors) -> int:
-    """All bits of their addresses. Somebody may have unpacked a saved one elsewhere, or given it other memory."""
-    places = 0
-    for t in tensors:
-        if t is not None:
-            places |= t.data_ptr()
-    return places
 
 
 class _Normalize(torch.autograd.Function):
@@ -164,6 +155,8 @@ class _Normalize(torch.autograd.Function):
             tensors = (dy, *o) if alone else (dy, dsecond, *o)
             for other, are_alike, run, finish in call.backwards:
                 if other is alone and are_alike(*tensors):
+                    # Somebody may have unpacked a saved tensor elsewhere, or given it other memory. As ``addresses``
+                    # does it, but without a call: these are the lines that every step waits for.
                     places = 0
                     for t in tensors:
                         if t is not None:

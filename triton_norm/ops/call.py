@@ -1,7 +1,8 @@
 """One call: found by its spec and the layouts of its operands, or settled and remembered.
 
-All that a call costs the host beside allocating and launching is in ``normalize``. What it finds was settled by
-``_settle``: checks, the backend, and what comes before and behind the kernels where these do not do all.
+All that a call costs the host beside allocating and launching is in ``normalize``, and in ``Site.recall`` where that is
+asked before. What they find was settled by ``_settle``: checks, the backend, and what comes before and behind the
+kernels where these do not do all.
 """
 
 import warnings
