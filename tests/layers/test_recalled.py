@@ -194,13 +194,33 @@ def test_an_input_that_is_refused(called, x, kind):
         norm(x)
 
 
-def test_shapes_in_turn(called, settled, backend):
-    """More than a module recalls at once."""
-    norm, sizes = called(), [(3, 5 + i) for i in range(7)]
-    inputs = [torch.randn(2, CHANNELS, *size, device=backend.device) for size in sizes] * 3
-    for t in inputs:
+TURNS = {
+    "20 shapes": [lambda norm, x, i=i: norm(x[:, :, :, :1].expand(-1, -1, -1, 2 + i).contiguous()) for i in range(20)],
+    "what is said": [lambda norm, x: norm(x), lambda norm, x: norm(x, activation="silu", padding=1),
+                     lambda norm, x: norm(x, residual=x.clone())],
+    "modes": [lambda norm, x: norm.train()(x), lambda norm, x: norm.eval()(x)],
+    "dtypes": [lambda norm, x: norm.float()(x), lambda norm, x: norm.double()(x.double())],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_calls_in_turn_are_recalled(called, x, name, monkeypatch):
+    """As a norm's that several levels of a pyramid share, or of sentences of any length."""
+    norm = called(tn.BatchNorm2d, momentum=0.0)
+    for call in TURNS[name]:
+        call(norm, x)
+    monkeypatch.setattr(base, "normalize", None)
+    for _ in range(2):
+        for call in TURNS[name]:
+            call(norm, x)
+
+
+def test_more_shapes_than_are_kept(called, x, monkeypatch):
+    monkeypatch.setattr(tn.ops.call.Site, "MOST", 3)
+    norm = called()
+    for size in (5, 6, 7, 8, 9) * 2:
+        t = torch.randn(2, CHANNELS, 3, size, device=x.device)
         same(norm(t), F.leaky_relu(F.instance_norm(t), 0.2))
-    assert len(settled) <= len(sizes)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "copy", "pickle", "save", "replica", "attributes"])

@@ -33,11 +33,10 @@ def forward(spec: Spec, o: Operands, keep_bits: bool) -> Results:
     ``pre_residual``.
     """
     tensors, key = _seen(o, spec, keep_bits)
-    run = _forwards.find(key, tensors)
-    if run is None:
-        run = bound(
-            lambda plans: forwards.bind(spec, o, keep_bits, plans), lambda run: _forwards.keep(key, tensors, run)
-        )
+    found = _forwards.find(key, tensors)
+    run = found[1] if found else bound(
+        lambda plans: forwards.bind(spec, o, keep_bits, plans), lambda run: _forwards.keep(key, tensors, run)
+    )  # fmt: skip
     return Results(*run(o))
 
 
@@ -47,21 +46,21 @@ def backward(
     """The wanted gradients of x, weight, bias, residual and slope. See ``backward.bind``."""
     tensors, key = _seen((*o, *saved), spec, wanted)
     passes = _sums if sums_only else _backwards
-    run = passes.find(key, tensors)
-    if run is None:
-        run = bound(
-            lambda plans: backwards.bind(spec, o, saved, wanted, plans, sums_only),
-            lambda run: passes.keep(key, tensors, run),
-        )
+    found = passes.find(key, tensors)
+    run = found[1] if found else bound(
+        lambda plans: backwards.bind(spec, o, saved, wanted, plans, sums_only),
+        lambda run: passes.keep(key, tensors, run),
+    )  # fmt: skip
     return Gradients(*run(o, saved))
 
 
 def moments(x: Tensor) -> Tensor:
     """See ``forward.bind_moments``."""
     tensors, key = _seen((x,))
-    run = _moments.find(key, tensors)
-    if run is None:
-        run = bound(lambda plans: forwards.bind_moments(x, plans), lambda run: _moments.keep(key, tensors, run))
+    found = _moments.find(key, tensors)
+    run = found[1] if found else bound(
+        lambda plans: forwards.bind_moments(x, plans), lambda run: _moments.keep(key, tensors, run)
+    )  # fmt: skip
     return run(x)
 
 

@@ -77,16 +77,18 @@ class Table(dict[tuple, tuple[Pair, ...]]):
         super().__init__()
         autotune.on_change(self.clear)
 
-    def find(self, key: tuple, tensors: Sequence[Tensor]) -> Callable[..., Any] | None:
-        for are_alike, call in self.get(key, ()):
-            if are_alike(*tensors):
-                return call
+    def find(self, key: tuple, tensors: Sequence[Tensor]) -> Pair | None:
+        for pair in self.get(key, ()):
+            if pair[0](*tensors):
+                return pair
         return None
 
-    def keep(self, key: tuple, tensors: Sequence[Tensor], call: Callable[..., Any]) -> None:
+    def keep(self, key: tuple, tensors: Sequence[Tensor], call: Callable[..., Any]) -> Pair:
         if len(self) >= self.MOST:
             self.clear()
-        self[key] = (alike(tensors, call), *self.get(key, ())[: self.MOST_ALIKE - 1])
+        pair = alike(tensors, call)
+        self[key] = (pair, *self.get(key, ())[: self.MOST_ALIKE - 1])
+        return pair
 
 
 def alike(tensors: Sequence[Tensor | None], call: Callable[..., Any]) -> Pair:

@@ -53,10 +53,12 @@ class Activated(nn.Module):
     #: Attributes that a call depends on beside its operands, and what reads them all of a module's ``__dict__``.
     _settings: tuple[str, ...] = ("activation", "eps", "memory_efficient")
     _read: Callable[[dict[str, Any]], tuple]
-    #: Whether it depends on nothing else, so that the module may keep, of its last call: its class and settings then,
-    #: what was said, what reads an activation's own attributes and what it read, how many of ``running_of`` were used,
-    #: and the ``Site`` of all such calls.
+    #: Whether it depends on nothing else, so that the module may keep, of its last kinds of calls: its class, its
+    #: settings and what was said; what reads an activation's own attributes and what it read; how many of
+    #: ``running_of`` were used; and the ``Site`` of all such calls.
     _remembers = True
+    #: Such as training and evaluation, and with or without what is said at a call.
+    _MOST_SITES = 4
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -98,28 +100,28 @@ class Activated(nn.Module):
         call, so that a changed one counts at once.
         """
         own, call, site = self.__dict__, None, None
-        last = None if is_dynamo_compiling() else own.get("_last_call")
-        if last is not None:
-            kind, settings, said_then, reads, read, used, its_site = last
+        sites = None if is_dynamo_compiling() else own.get("_sites")
+        if sites is not None:
+            kind = type(self)
             # Not by ``suppress``, which takes as long as the look-up.
             try:
-                if (
-                    said == said_then and settings == kind._read(own) and kind is type(self)
-                    and (reads is None or reads() == read)
-                ):  # fmt: skip
-                    # As ``parameters_of`` and ``running_of`` do it, but without a call.
-                    site, parameters, mean, var, count = its_site, own["_parameters"], None, None, None
-                    if weight is ...:
-                        weight = parameters["weight"]
-                    if bias is ...:
-                        bias = parameters["bias"]
-                    if used:
-                        buffers = own["_buffers"]
-                        mean, var = buffers["running_mean"], buffers["running_var"]
-                        if used == 3:
-                            count = buffers["num_batches_tracked"]
-                    operands = (input, weight, bias, residual, None, mean, var, count, pre_residual)
-                    call = site.recall(operands)
+                now = kind, kind._read(own), said
+                for then, reads, read, used, its_site in sites:
+                    if then == now and (reads is None or reads() == read):
+                        # As ``parameters_of`` and ``running_of`` do it, but without a call.
+                        site, parameters, mean, var, count = its_site, own["_parameters"], None, None, None
+                        if weight is ...:
+                            weight = parameters["weight"]
+                        if bias is ...:
+                            bias = parameters["bias"]
+                        if used:
+                            buffers = own["_buffers"]
+                            mean, var = buffers["running_mean"], buffers["running_var"]
+                            if used == 3:
+                                count = buffers["num_batches_tracked"]
+                        operands = (input, weight, bias, residual, None, mean, var, count, pre_residual)
+                        call = site.recall(operands)
+                        break
             except KeyError:
                 # What was the module's own is elsewhere: parametrized, pruned or a property.
                 pass
@@ -140,11 +142,11 @@ class Activated(nn.Module):
         asked, used = self._asked(input, weight, bias)
         mean, var, count = (*running_of(self)[:used], *_NONE[used:]) if used else _NONE
         activation = self.activation if activation is ... else activation
-        kind, settings = type(self), None
+        now = None
         if site is None and self._remembers and not is_dynamo_compiling():
-            reads = reading(activation)
+            kind, reads = type(self), reading(activation)
             with suppress(KeyError):
-                settings = kind._read(self.__dict__), said, reads, reads and reads(), used
+                now = (kind, kind._read(self.__dict__), said), reads, reads and reads(), used
         name, numbers, slope = resolve(activation)
         # In the order of a ``Spec``, which is only made where the call is not found.
         spec = asked + (
@@ -154,12 +156,12 @@ class Activated(nn.Module):
             self.memory_efficient if efficient is ... else efficient,
         )  # fmt: skip
         operands = (input, weight, bias, residual, slope, mean, var, count, pre_residual)
-        if settings is None or slope is not None:
+        if now is None or slope is not None:
             return normalize(spec, operands, site)
         site = Site()
         result = normalize(spec, operands, site)
         if site.recalls:
-            self.__dict__["_last_call"] = kind, *settings, site
+            self.__dict__["_sites"] = ((*now, site), *self.__dict__.get("_sites", ())[: self._MOST_SITES - 1])
         return result
 
     def _group(self) -> str | None:
@@ -168,7 +170,7 @@ class Activated(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is remembered of calls."""
-        return {name: value for name, value in self.__dict__.items() if name != "_last_call"}
+        return {name: value for name, value in self.__dict__.items() if name != "_sites"}
 
     def extra_repr(self) -> str:
         parts = [super().extra_repr()]

@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from ..launching.keys import (
     HIP,
     ORDINARY,
+    Pair,
     Table,
-    alike,
     in_forward_mode,
     is_compiling,
     is_for_torch,
@@ -42,18 +42,25 @@ _calls = Table()
 
 
 class Site:
-    """Where calls of one spec come from again and again, such as a module: what ran the last of them.
+    """Where calls of one spec come from again and again, such as a module: what ran them.
 
-    It is asked before the table of all calls, since it is asked with less: neither spec nor shape is hashed.
+    It is asked before the table of all calls, since it is asked with less: no spec is hashed, nor, if the call is like
+    the last one, a shape.
     """
 
-    #: Of pairs that are tried one after the other.
-    MOST = 4
+    #: Shapes that are kept; all are forgotten where there are more.
+    MOST = 256
+    #: Calls of one shape that are tried one after the other.
+    MOST_ALIKE = 4
 
-    __slots__ = ("_found",)
+    __slots__ = ("_changes", "_found", "_last")
 
     def __init__(self) -> None:
-        self._found: tuple[tuple, ...] = ()
+        #: How often plans had changed when these were found.
+        self._changes = autotune.changes
+        self._found: dict[torch.Size, tuple[tuple, ...]] = {}
+        #: Which operands there are and the backend, a test of the tensors, and what runs the call.
+        self._last: tuple = (None, None, None)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """A copy has nothing to recall."""
@@ -65,23 +72,31 @@ class Site:
 
     def recall(self, operands: tuple) -> Call | None:
         """What ran operands like these before. None where nothing did, and where somebody may be looking on."""
-        if type(operands[0]) not in ORDINARY or forward_ad._current_level >= 0:
+        if type(operands[0]) not in ORDINARY or forward_ad._current_level >= 0 or self._changes != autotune.changes:
             return None
         try:
             tensors, given, places = _seen(operands)
-        except (AttributeError, TypeError, RuntimeError):
-            return None
-        if places % 16 or HIP:
-            return None
-        now = given, autotune.changes, backend.setting()
-        for when, are_alike, call in self._found:
+            if places % 16 or HIP:
+                return None
+            now = given, backend.setting()
+            when, are_alike, call = self._last
             if when == now and are_alike(*tensors):
                 return call
+            for found in self._found.get(operands[0].shape, ()):
+                when, are_alike, call = found
+                if when == now and are_alike(*tensors):
+                    self._last = found
+                    return call
+        except (AttributeError, TypeError, RuntimeError):
+            # What is no tensor, or has no memory.
+            pass
         return None
 
-    def keep(self, given: int, tensors: list[Tensor], call: Call) -> None:
-        when = given, autotune.changes, backend.setting()
-        self._found = ((when, *alike(tensors, call)), *self._found[: self.MOST - 1])
+    def keep(self, given: int, shape: torch.Size, pair: Pair) -> None:
+        if self._changes != autotune.changes or len(self._found) >= self.MOST:
+            self._changes, self._found = autotune.changes, {}
+        self._last = ((given, backend.setting()), *pair)
+        self._found[shape] = (self._last, *self._found.get(shape, ())[: self.MOST_ALIKE - 1])
 
 
 def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
@@ -95,15 +110,15 @@ def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
     # Nothing of a subclass is remembered, and a fake tensor warns of whoever asks where it lies.
     if is_compiling() or in_forward_mode() or type(operands[0]) not in ORDINARY:
         return _settle(Spec(*spec), Operands(*operands), is_traced=True)(operands)
-    call = None
+    pair = None
     try:
         tensors, given, places = _seen(operands)
         key = spec, backend.setting(), operands[0].shape, given, (places % 16 or HIP) and placement(operands)
-        call = _calls.find(key, tensors)
+        pair = _calls.find(key, tensors)
     except (AttributeError, TypeError, RuntimeError):
         # A tensor without memory; or no tensor, or what has no hash, such as a list: torch says what it thinks of that.
         key = None
-    if call is None:
+    if pair is None:
         o = Operands(*operands)
         is_recorded = torch._C._get_tracing_state() is not None
         is_traced = is_recorded or not all(t is None or is_ordinary(t) for t in o)
@@ -111,10 +126,10 @@ def normalize(spec: tuple, operands: tuple, site: Site | None = None) -> Result:
             call = _settle(Spec(*spec), o, is_traced)
         if key is None or is_traced:
             return call(operands)
-        _calls.keep(key, tensors, call)
+        pair = _calls.keep(key, tensors, call)
     if site is not None and not places % 16:
-        site.keep(given, tensors, call)
-    return call(operands)
+        site.keep(given, operands[0].shape, pair)
+    return pair[1](operands)
 
 
 def _seen(operands: tuple) -> tuple[list[Tensor], int, int]:
